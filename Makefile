@@ -1,0 +1,29 @@
+# Two commands do everything on a fresh machine: `make quickstart` and `make test`.
+PYTHON ?= python3
+VENV ?= .venv
+DATASET ?= ml-100k
+BIN := $(VENV)/bin
+
+.PHONY: setup quickstart test docs clean
+
+quickstart: setup  ## train on DATASET and print its table (others need FLARE_DATA, e.g. DATASET=recformer/Scientific)
+	$(BIN)/flare grid nbs/experiments/quickstart.yml --set dataset=$(DATASET)
+	$(BIN)/flare table $(DATASET)
+
+test: setup  ## every component notebook, the sync and clean gates, tests/
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+
+setup: $(VENV)/.ready  ## the virtual environment, from the pins of environment.yml
+
+$(VENV)/.ready: environment.yml pyproject.toml
+	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), "Flare needs Python 3.11 or newer; make PYTHON=/path/to/python3"'
+	$(PYTHON) -m venv $(VENV)
+	sed -n 's/^ *- \([A-Za-z0-9_.-]*==[^ ]*\).*/\1/p' environment.yml > $(VENV)/pins.txt
+	$(BIN)/pip install -q --disable-pip-version-check $$(grep '^torch==' $(VENV)/pins.txt)
+	$(BIN)/pip install -q --disable-pip-version-check -r $(VENV)/pins.txt
+	$(BIN)/pip install -q --disable-pip-version-check --no-deps recbole==1.2.1  # for its copy of MovieLens-100k only
+	$(BIN)/pip install -q --disable-pip-version-check --no-deps -e .
+	touch $@
+
+clean:  ## remove the environment and everything that runs leave behind
+	rm -rf $(VENV) paper/runs _proc _docs build *.egg-info

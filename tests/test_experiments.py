@@ -1,0 +1,362 @@
+"Records, runs and grids: what must not depend on the machine, and what must not be left behind."
+import ast
+import json
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import time
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from nbdev.test import _keep_file
+
+from flare import experiments, grid
+from flare.experiments import (MODELS, SCHEMA, code_digest, essence, over_seeds, parameters_of, read_record, read_records,
+                               record_key, record_path, run, staleness, write_record)
+from flare.grid import WHICH, Grid, declared_parameters, make_points, read_yaml, run_grid
+from flare.metrics import Ranks
+from shop import HOME, write_project, write_shop
+
+SMALL = {"hidden_size": 16, "heads": 2, "ffn_size": 32, "layers": 1, "batch_size": 8}
+EVERY = {name: default for model in MODELS for name, default in parameters_of(model).items()}
+NOTEBOOKS = HOME / "nbs/experiments"
+
+
+@pytest.fixture
+def shop(tmp_path):
+    return write_shop(tmp_path / "shop")
+
+
+@pytest.fixture
+def project(tmp_path):
+    return write_project(tmp_path / "project")
+
+
+@pytest.fixture
+def record(shop, tmp_path):
+    return run("tests", "popularity", str(shop), root=tmp_path / "paper")
+
+
+def here(executor_calls):
+    "An executor that runs at once, in this process, and counts."
+    class Here(Executor):
+        def submit(self, function, *arguments):
+            executor_calls.append(function)
+            future = Future()
+            future.set_result(function(*arguments))
+            return future
+    return Here()
+
+
+# records
+
+def test_a_key_never_changes():
+    assert record_key("bert4rec", "ml-100k", 0, "leave_one_out", {"dropout": 0.3, "epochs": 2}) == "9c8f5211dbb2"
+    assert record_key("bert4rec", "ml-100k", 0, "leave_one_out", {"epochs": 2, "dropout": 0.3}) == "9c8f5211dbb2"
+
+
+def test_the_key_is_the_same_for_the_same_values_in_other_types(shop, tmp_path):
+    asked = [{"dropout": 0, "epochs": 1}, {"epochs": np.int64(1), "dropout": np.float64(0)}]
+    assert len({json.dumps(experiments.resolve("bert4rec", a)[0]) for a in asked}) == 1
+
+
+def test_a_record_is_named_by_its_content(record, tmp_path):
+    (path,) = (tmp_path / "paper/records/tests").glob("*.json")
+    assert path.stem == record.key and read_record(path) == record
+    content = json.loads(path.read_text())
+    assert content["schema"] == SCHEMA and set(content["dataset"]) == {
+        "name", "fingerprint", "split", "users", "items", "interactions", "text_coverage"}
+    ranks = Ranks.from_parquet(path.with_suffix(".ranks.parquet"))
+    assert ranks.metrics() == pytest.approx(record.metrics["test"])
+    assert str(tmp_path) not in path.read_text()
+
+
+@pytest.mark.parametrize("last", ["ranks", "json"])
+def test_a_write_that_is_interrupted_leaves_no_record(record, tmp_path, monkeypatch, last):
+    ranks, root = Ranks(np.arange(2), np.array([1, 2]), np.array([1, 2])), tmp_path / "other"
+    moved, replace_file = [], os.replace
+
+    def full(source, target):
+        moved.append(str(target))
+        if last == "ranks" or str(target).endswith(".json"):
+            raise OSError("no space left on device")
+        replace_file(source, target)
+
+    monkeypatch.setattr(os, "replace", full)
+    with pytest.raises(OSError, match="no space left"):
+        write_record(record, ranks, root)
+    assert moved and not list(root.rglob("*.json"))
+    monkeypatch.undo()
+    assert len(read_records("tests", root)) == 0
+    write_record(record, ranks, root)
+    assert len(read_records("tests", root)) == 1
+
+
+def test_a_metric_that_is_no_number_is_refused(record, tmp_path):
+    metrics = record.metrics | {"test": record.metrics["test"] | {"mrr": float("nan")}}
+    with pytest.raises(ValueError, match="metrics.test.mrr of popularity on shop is nan"):
+        write_record(replace(record, metrics=metrics), Ranks(np.arange(1), np.ones(1, int), np.ones(1, int)), tmp_path / "other")
+    assert not (tmp_path / "other").exists()
+
+
+@pytest.mark.parametrize("old, new, message", [
+    ('"users": 24', '"users": NaN', "holds NaN, which is not JSON"), ('"seed": 0', '"seed": 3', "edited or renamed"),
+    ('"cost"', '"costs"', "lacks or adds the fields cost, costs"), (f'"schema": {SCHEMA}', '"schema": 99', "update flare"),
+    (f'"schema": {SCHEMA}', '"schema": "one"', "has no schema number"), ("}", "", "is not JSON")])
+def test_a_damaged_record_is_named(record, tmp_path, old, new, message):
+    path = record.path(tmp_path / "paper")
+    text = path.read_text()
+    assert old in text
+    path.write_text(text.replace(old, new))
+    with pytest.raises(ValueError, match=message) as caught:
+        read_records("tests", tmp_path / "paper")
+    assert path.name in str(caught.value)
+
+
+def test_an_older_schema_is_stale_and_run_again(record, shop, tmp_path):
+    path = record.path(tmp_path / "paper")
+    content = json.loads(path.read_text())
+    path.write_text(json.dumps({k: content[k] for k in ("experiment", "model", "seed", "metrics")} | {"schema": 0}))
+    (row,) = read_records("tests", tmp_path / "paper").itertuples()
+    assert row.stale and row.why_stale == f"schema 0 is older than {SCHEMA}" and row.key == record.key
+    assert len(over_seeds(read_records("tests", tmp_path / "paper"))) == 0
+    run("tests", "popularity", str(shop), root=tmp_path / "paper")
+    assert read_record(path).schema == SCHEMA
+
+
+# what is stale
+
+def test_the_reasons_are_named(record):
+    assert staleness(record, record.dataset["fingerprint"]) == ""
+    assert staleness(record, "0" * 12) == "data changed: shop"
+    assert staleness(replace(record, code=record.code | {"flare.gone": "0"})) == "code changed: flare.gone"
+    assert staleness(replace(record, model="sasrec")) == "there is no model sasrec any more"
+
+
+def test_a_changed_default_is_noticed_and_an_added_field_is_not():
+    asked, complete = experiments.resolve("bert4rec", {"epochs": 2})
+    made = experiments.Record("tests", "bert4rec", 0, asked, complete, {"name": "shop", "fingerprint": "0"}, {}, {}, {}, code_digest("bert4rec"))
+    assert staleness(made) == ""
+    assert staleness(replace(made, config=complete | {"dropout": 0.77})) == "parameters changed: dropout"
+    assert staleness(replace(made, config={k: v for k, v in complete.items() if k != "dropout"})) == ""
+    assert staleness(replace(made, parameters={"epochs": 2, "dropout": 0.77}, config=complete | {"dropout": 0.77})) == ""
+
+
+def test_the_digest_follows_imports_and_not_what_is_loaded():
+    alone = subprocess.run([sys.executable, "-c", "from flare.experiments import code_digest; print(code_digest('popularity'))"],
+                           capture_output=True, text=True, check=True).stdout
+    import flare.cli  # noqa: F401
+    assert ast.literal_eval(alone) == code_digest("popularity")
+    assert {"flare.data", "flare.metrics", "flare.baselines.popularity"} <= set(code_digest("popularity"))
+    assert {"flare.trainer", "flare.models", "flare.losses", "flare.masking"} <= set(code_digest("bert4rec"))
+    for model in MODELS:
+        assert not {"flare.experiments", "flare.grid", "flare.cli"} & set(code_digest(model))
+
+
+def test_what_does_not_compute_is_not_code():
+    source = 'def f(x):  # a comment\n    """Long\n    words."""\n    return "# text", x\n'
+    assert essence(source) == 'def f(x):\n    return "# text", x'
+    assert essence(source) == essence(source.replace("comment", "remark").replace("words", "text"))
+    assert essence('if a:\n    b()\nc()\n') != essence('if a:\n    b()\n    c()\n')
+    assert essence('def f(x): "One line."; return x') != essence('def f(x): "One line."; return -x')
+
+
+# a run
+
+def test_a_failing_run_leaves_no_record(shop, tmp_path, monkeypatch):
+    def broken(*arguments):
+        raise ValueError("scores are not finite")
+    monkeypatch.setattr(experiments, "evaluate", broken)
+    with pytest.raises(ValueError, match="not finite"):
+        run("tests", "lir", str(shop), root=tmp_path / "paper")
+    assert not (tmp_path / "paper/records").exists()
+
+
+def test_bad_input_leaves_nothing(shop, tmp_path):
+    for arguments, message in [(dict(model="bert"), "there is no model 'bert'"), (dict(parameters={"droput": 1}), "unknown parameter droput"),
+                               (dict(parameters={"dropout": "high"}), "dropout is 'high'"), (dict(split="random"), "there is no split"),
+                               (dict(parameters={"heads": 7}), "heads=7"), (dict(parameters={"epochs": 0}), "epochs is 0"),
+                               (dict(experiment="a/b"), "does not name an experiment")]:
+        given = dict(experiment="tests", model="bert4rec", dataset=str(shop), root=tmp_path / "paper") | arguments
+        with pytest.raises(ValueError, match=message):
+            run(**given)
+    with pytest.raises((ValueError, FileNotFoundError), match="nowhere"):
+        run("tests", "lir", str(tmp_path / "nowhere"), root=tmp_path / "paper")
+    assert not (tmp_path / "paper").exists()
+
+
+def test_two_at_once_run_it_once(shop, tmp_path, monkeypatch):
+    built, build = [], experiments.build
+
+    def slow(*arguments):
+        built.append(1)
+        time.sleep(0.5)
+        return build(*arguments)
+
+    monkeypatch.setattr(experiments, "build", slow)
+    with ThreadPoolExecutor(2) as pool:
+        records = list(pool.map(lambda _: run("tests", "lir", str(shop), root=tmp_path / "paper"), range(2)))
+    assert len(built) == 1 and records[0] == records[1]
+
+
+def test_a_killed_run_goes_on_and_ends_the_same(shop, tmp_path):
+    given = dict(experiment="tests", model="bert4rec", dataset=str(shop), parameters=SMALL | {"epochs": 60, "patience": 60}, progress=False)
+    script = (f"import sys, torch; torch.set_num_threads({torch.get_num_threads()}); from flare.experiments import run\n"
+              f"run(root=sys.argv[1], **{given})")
+    killed, whole = tmp_path / "killed", tmp_path / "whole"
+    process = subprocess.Popen([sys.executable, "-c", script, str(killed)])
+    while not list(killed.glob("runs/tests/*/epoch-0000[3-9]*")) and process.poll() is None:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL, "it ended before it could be killed"
+    assert list(killed.glob("runs/tests/*/epoch-*")) and len(read_records("tests", killed)) == 0
+    one, other = run(root=killed, **given), run(root=whole, **given)
+    assert one.metrics == other.metrics and one.cost["steps"] == other.cost["steps"]
+    assert not [path for path in killed.glob("runs/tests/*") if path.is_dir()]
+
+
+def test_checkpoints_of_other_code_are_not_continued(tmp_path):
+    folder = tmp_path / "run"
+    experiments.claim(folder, {"code": 1})
+    (folder / "epoch-1").mkdir()
+    experiments.claim(folder, {"code": 1})
+    assert (folder / "epoch-1").exists()
+    experiments.claim(folder, {"code": 2})
+    assert not (folder / "epoch-1").exists()
+
+
+# grids
+
+def test_numbers_as_people_write_them():
+    assert read_yaml("[1e-3, 1E3, -2.5e-2, 1.0, 3, 1e]", "a test") == [0.001, 1000.0, -0.025, 1.0, 3, "1e"]
+
+
+def test_an_undeclared_key_is_refused(project):
+    with pytest.raises(ValueError, match="benchmark.ipynb does not declare learning_rat; it declares experiment, model, dataset"):
+        run_grid(Grid("benchmark", {"learning_rat": 1.0}, [{}]), project=project)
+    assert not (project / "paper").exists()
+
+
+@pytest.mark.parametrize("cell, message", [
+    ("seed = 0\nfor i in (1, 2): pass", "line 2 of the parameters cell"), ("seed = max(1, 2)", "line 1 of the parameters cell"),
+    ("seed = 0", "does not declare experiment, model, dataset, split")])
+def test_a_parameters_cell_is_plain(project, cell, message):
+    path = project / "nbs/experiments/benchmark.ipynb"
+    content = json.loads(path.read_text())
+    next(c for c in content["cells"] if c["metadata"].get("tags"))["source"] = cell
+    path.write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=message) as caught:
+        make_points(path, [{}])
+    assert "benchmark.ipynb" in str(caught.value)
+
+
+def test_a_lost_tag_is_noticed(project):
+    path = project / "nbs/experiments/benchmark.ipynb"
+    path.write_text(path.read_text().replace('"parameters"', '"params"'))
+    with pytest.raises(ValueError, match="0 cells are tagged parameters"):
+        make_points(path, [{}])
+
+
+def test_two_workers_then_nothing_left_to_do(project):
+    shop = Grid("benchmark", {"dataset": str(project / "shop")}, [{"model": ["popularity", "repeat_last"]}])
+    planned = run_grid(shop, dry_run=True, project=project)
+    assert list(planned["state"]) == ["missing"] * 2 and not (project / "paper").exists()
+    done = run_grid(shop, workers=2, project=project, progress=False)
+    assert list(done["state"]) == ["done"] * 2, list(done["note"])
+    assert set(read_records("benchmark", project / "paper")["key"]) == set(done["key"]) == set(planned["key"])
+    kept = sorted(p.suffix for p in (project / "paper/runs/benchmark").iterdir())
+    assert kept == [".ipynb", ".ipynb", ".lock", ".lock"]
+    calls = []
+    again = run_grid(shop, executor=here(calls), project=project, progress=False)
+    assert list(again["state"]) == ["fresh"] * 2 and not calls
+
+
+def test_stale_ones_only_on_request(project, monkeypatch):
+    shop = Grid("benchmark", {"dataset": str(project / "shop")}, [{"model": ["popularity", "lir"]}])
+    for model in ("popularity", "lir"):
+        run("benchmark", model, str(project / "shop"), root=project / "paper")
+    with (project / "shop/interactions.csv").open("a") as lines:
+        lines.write("u0,i9,99\n")
+    calls = []
+    monkeypatch.setattr(grid, "execute", lambda point, project, threads: calls.append(point.key) or (0.0, ""))
+    left = run_grid(shop, executor=here([]), project=project, progress=False)
+    assert list(left["state"]) == ["stale"] * 2 and not calls and set(left["note"]) == {"data changed: shop"}
+    assert list(run_grid(shop, executor=here([]), stale=True, project=project, progress=False)["state"]) == ["done"] * 2
+    assert len(calls) == 2
+
+
+def test_a_failure_keeps_notebook_and_log_and_stops_nobody(project):
+    path = project / "nbs/experiments/benchmark.ipynb"
+    content = json.loads(path.read_text())
+    code = [c for c in content["cells"] if c["cell_type"] == "code" and not c["metadata"].get("tags")]
+    code[0]["source"] = "assert model != 'lir', 'the index\\nis broken'\n" + "".join(code[0]["source"])
+    path.write_text(json.dumps(content))
+    shop = Grid("benchmark", {"dataset": str(project / "shop")}, [{"model": ["lir", "popularity"]}])
+    outcome = run_grid(shop, workers=2, project=project, progress=False).set_index("model")
+    assert dict(outcome["state"]) == {"lir": "failed", "popularity": "done"}
+    assert outcome.loc["lir", "note"] == "AssertionError: the index is broken"
+    failed = project / "paper/runs/benchmark" / outcome.loc["lir", "key"]
+    assert failed.with_suffix(".ipynb").exists() and "Traceback (most recent call last)" in failed.with_suffix(".log").read_text()
+    assert list(read_records("benchmark", project / "paper")["model"]) == ["popularity"]
+
+
+def test_a_notebook_that_drops_a_parameter_is_caught(project):
+    path = project / "nbs/experiments/benchmark.ipynb"
+    path.write_text(path.read_text().replace("dataset, seed, split, parameters", "dataset, 0, split, parameters"))
+    outcome = run_grid(Grid("benchmark", {"dataset": str(project / "shop")}, [{"model": "popularity", "seed": 5}]), project=project,
+                       progress=False)
+    assert outcome["state"][0] == "failed" and "does it pass all its parameters on" in outcome["note"][0]
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_threads_are_divided(project, monkeypatch, workers):
+    seen = []
+
+    def papermill(command, env, **_):
+        seen.append(int(env["OMP_NUM_THREADS"]))
+        return subprocess.CompletedProcess(command, 1, "", "stopped")
+
+    monkeypatch.setattr(grid.subprocess, "run", papermill)
+    monkeypatch.setattr(grid.os, "sched_getaffinity", lambda _: set(range(8)))
+    run_grid(Grid("benchmark", {"dataset": str(project / "shop")}, [{"model": ["popularity", "lir"]}]), workers=workers, project=project,
+             progress=False)
+    assert seen == [8 // workers] * 2
+
+
+def test_points_travel_to_other_processes(project):
+    (point,) = make_points(project / "nbs/experiments/benchmark.ipynb", [{"dataset": str(project / "shop"), "model": "lir"}])
+    assert pickle.loads(pickle.dumps((grid.execute, point)))[1] == point
+
+
+# what is in the project
+
+def test_the_benchmark_declares_and_passes_every_parameter():
+    notebook = NOTEBOOKS / "benchmark.ipynb"
+    declared = declared_parameters(notebook)
+    assert {name: value for name, value in declared.items() if name not in WHICH} == EVERY and set(WHICH) <= set(declared)
+    sources = ["".join(c["source"]) for c in json.loads(notebook.read_text())["cells"] if c["cell_type"] == "code"]
+    call = next(node for node in ast.walk(ast.parse(next(s for s in sources if "run(" in s)))
+                if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "dict")
+    assert {k.arg: k.value.id for k in call.keywords} == {name: name for name in EVERY}
+
+
+@pytest.mark.parametrize("file", sorted(NOTEBOOKS.glob("*.yml")), ids=lambda p: p.name)
+def test_every_grid_can_be_run(file, monkeypatch):
+    class Stand:
+        def __init__(self, name): self.name, self.fingerprint = name, "0" * 12
+    monkeypatch.setattr(grid, "load_dataset", Stand)
+    described = Grid.read(file)
+    points = make_points(NOTEBOOKS / f"{described.notebook}.ipynb", described.expand())
+    assert points and {p.values["model"] for p in points} <= set(MODELS)
+
+
+@pytest.mark.parametrize("folder", ["experiments", "results"])
+def test_a_bare_nbdev_test_skips(folder):
+    notebooks = sorted((HOME / "nbs" / folder).glob("*.ipynb"))
+    assert notebooks and not any(_keep_file(path, ".notest") for path in notebooks)

@@ -1,0 +1,70 @@
+"Masks and packing over random ragged batches; what the chapter shows on examples."
+import numpy as np
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from flare.masking import cloze_mask, collate, evaluation_batches, pack, windows
+from flare.sequences import Sequences
+
+ragged = st.lists(st.integers(1, 30), min_size=1, max_size=80).map(np.array)
+
+
+@settings(deadline=None)
+@given(ragged, st.floats(0, 1), st.floats(0, 1), st.integers(0, 99))
+def test_every_sequence_hides_something(lengths, probability, share, seed):
+    hidden = cloze_mask(lengths, probability, share, np.random.default_rng(seed))
+    assert hidden.shape == (lengths.sum(),)
+    assert (np.add.reduceat(hidden, np.cumsum(lengths) - lengths, dtype=int) >= 1).all()
+
+
+@settings(deadline=None)
+@given(ragged, st.integers(30, 200))
+def test_packing_places_every_cell_once(lengths, row_length):
+    row, column, rows, width = pack(lengths, row_length)
+    assert width <= row_length
+    taken = np.zeros((rows, width), int)
+    for r, c, n in zip(row, column, lengths): taken[r, c : c + n] += 1
+    assert taken.max() == 1 and taken.sum() == lengths.sum()
+
+
+@settings(deadline=None)
+@given(ragged, st.integers(0, 99))
+def test_a_batch_holds_what_went_in(lengths, seed):
+    rng = np.random.default_rng(seed)
+    items, critiques = rng.integers(0, 50, lengths.sum()), rng.integers(-1, 4, lengths.sum())
+    hidden = cloze_mask(lengths, 0.3, 0.3, rng)
+    for row_length in (40, None):
+        batch = collate(items, lengths, hidden, 50, row_length, critiques)
+        cells, order = batch.segment.flatten() >= 0, np.lexsort((batch.position.flatten(), batch.segment.flatten()))
+        order = order[cells.numpy()[order]]  # by sequence, then position: the order the events came in
+        assert (batch.items.flatten()[order].numpy() == np.where(hidden, 50, items)).all()
+        assert (batch.targets.numpy() == items[hidden]).all()
+        assert (batch.items.flatten()[batch.masked] == 50).all()
+        context = batch.contexts[batch.context_index.flatten()[order]].numpy()
+        assert (context == np.stack([np.where(hidden, 50, items), critiques], 1)).all()
+        assert len(np.unique(batch.contexts.numpy(), axis=0)) == len(batch.contexts)
+        assert (batch.items.flatten()[~cells] == 51).all()
+
+
+def test_windows_cover_every_event_and_keep_order():
+    rng = np.random.default_rng(0)
+    lists = [list(rng.integers(0, 9, n)) for n in (0, 1, 5, 6, 7, 23)]
+    for stride in (None, 2, 5):
+        cut = windows(Sequences.from_lists(lists), 5, stride)
+        assert max(cut.lengths) <= 5 and min(cut.lengths) >= 1
+        pieces = [list(cut[i]) for i in range(len(cut))]
+        assert pieces[0] == lists[1] and pieces[1] == lists[2]  # short ones stay whole
+        assert lists[-1][-5:] in pieces and lists[-1][:5] in pieces
+        assert sum(cut.lengths) >= sum(map(len, lists))
+
+
+def test_evaluation_keeps_the_order_of_users_and_the_most_recent_items():
+    rng = np.random.default_rng(0)
+    lists = [list(rng.integers(0, 40, n)) for n in rng.integers(0, 12, 70)]
+    targets = rng.integers(0, 40, 70)
+    batches = list(evaluation_batches(Sequences.from_lists(lists), targets, 40, max_len=6, row_length=16, batch_size=16))
+    assert (torch.cat([b.targets for b in batches]).numpy() == targets).all()
+    last = torch.cat([torch.where(b.position.flatten()[b.masked] > 0, b.items.flatten()[b.masked - 1], -1) for b in batches])
+    assert last.tolist() == [row[-1] if row else -1 for row in lists]
+    assert all((b.position.max() <= 6) and b.items.shape[1] <= 16 for b in batches)

@@ -1,0 +1,176 @@
+"""The metrics against independent implementations (ranx, a full sort), and what must hold for any scores."""
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from ranx import Qrels, Run
+from ranx import evaluate as ranx_evaluate
+
+from flare.data import Holdout, Sequences
+from flare.metrics import METRICS, Ranks, by_popularity, evaluate, paired_bootstrap, popularity_deciles, target_ranks
+
+NAMES = {"recall@1": "recall@1", "recall@5": "recall@5", "recall@10": "recall@10", "ndcg@10": "ndcg@10", "mrr": "mrr"}
+
+
+def tied_scores(seed: int, users: int = 200, items: int = 60, levels: int = 12) -> tuple[torch.Tensor, torch.Tensor]:
+    "Random scores of few levels, so that most targets tie."
+    draw = torch.Generator().manual_seed(seed)
+    return (torch.randint(levels, (users, items), generator=draw).float() / 8,
+            torch.randint(items, (users,), generator=draw))
+
+
+def ranks_of(scores: torch.Tensor, targets: torch.Tensor) -> Ranks:
+    rank, pessimistic = target_ranks(scores, targets)
+    return Ranks(np.arange(len(targets)), rank.numpy(), pessimistic.numpy())
+
+
+def by_ranx(scores: torch.Tensor, targets: torch.Tensor, target_first: bool) -> dict[str, float]:
+    "ranx sees no ties: the target is moved up or down by less than the distance of two levels."
+    moved = scores.double()
+    moved[torch.arange(len(targets)), targets] += 1e-3 if target_first else -1e-3
+    qrels = Qrels({str(u): {str(int(t)): 1} for u, t in enumerate(targets)})
+    run = Run({str(u): {str(i): float(s) for i, s in enumerate(row)} for u, row in enumerate(moved)})
+    found = ranx_evaluate(qrels, run, list(NAMES.values()))
+    return {ours: float(found[theirs]) for ours, theirs in NAMES.items()}
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_equal_to_ranx_with_ties(seed):
+    scores, targets = tied_scores(seed)
+    ranks = ranks_of(scores, targets)
+    assert ranks.tied > 0.5
+    ours = ranks.metrics()
+    for target_first, ending in ((True, ""), (False, "_pessimistic")):
+        theirs = by_ranx(scores, targets, target_first)
+        for name in METRICS:
+            assert ours[name + ending] == pytest.approx(theirs[name], abs=1e-12), name + ending
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(0, 10_000), st.integers(1, 12), st.integers(1, 25), st.integers(1, 6))
+def test_ranks_equal_a_full_sort(seed, users, items, levels):
+    scores, targets = tied_scores(seed, users, items, levels)
+    rank, pessimistic = target_ranks(scores, targets)
+    for u, target in enumerate(targets.tolist()):
+        order = sorted(scores[u].tolist(), reverse=True)
+        own = float(scores[u, target])
+        assert rank[u] == 1 + order.index(own)
+        assert pessimistic[u] == items - order[::-1].index(own)
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(0, 10_000), st.integers(1, 10), st.integers(2, 20))
+def test_any_rising_function_of_the_scores_has_the_same_ranks(seed, users, items):
+    scores, targets = tied_scores(seed, users, items)
+    order = torch.randperm(items, generator=torch.Generator().manual_seed(seed))
+    plain = target_ranks(scores, targets)
+    shuffled = target_ranks(scores[:, order], order.argsort()[targets])
+    for other in (target_ranks(scores.exp() * 3 - 1, targets), shuffled):
+        assert all(torch.equal(a, b) for a, b in zip(plain, other))
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.lists(st.tuples(st.integers(1, 500), st.integers(0, 50)), min_size=1, max_size=40))
+def test_pessimism_never_helps(pairs):
+    rank, more = np.array(pairs, np.int64).T
+    found = Ranks(np.arange(len(pairs)), rank, rank + more).metrics()
+    for name in METRICS:
+        assert 0 <= found[f"{name}_pessimistic"] <= found[name] <= 1
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_scores_that_are_not_finite_raise(bad):
+    scores, targets = tied_scores(0, users=5, items=7)
+    scores[3, 2] = bad
+    with pytest.raises(ValueError, match="1 of 7 scores of user row 3 are NaN or infinite"):
+        target_ranks(scores, targets)
+
+
+class FromTable(torch.nn.Module):
+    "Scores users by their last item, from a fixed table with ties."
+
+    def __init__(self, table: torch.Tensor):
+        super().__init__()
+        self.table, self.widest = torch.nn.Parameter(table), 0
+
+    def score(self, batch, item_slice=slice(None)):
+        assert not self.training and not torch.is_grad_enabled()
+        self.widest = max(self.widest, batch.n_sequences)
+        last = batch.items.flatten()[batch.masked - 1]
+        return self.table[last][:, item_slice]
+
+
+@pytest.mark.parametrize("row_length, budget, batch_size", [(None, 2**25, 512), (16, 2**25, 7), (64, 100, 512)])
+def test_evaluate_equals_ranks_of_the_whole_matrix(row_length, budget, batch_size):
+    rng, items = np.random.default_rng(0), 30
+    history = Sequences.from_lists([rng.integers(items, size=n).tolist() for n in rng.integers(1, 12, size=40)])
+    holdout = Holdout(rng.permutation(40) + 100, history, rng.integers(items, size=40))
+    model = FromTable(tied_scores(1, items, items)[0]).train()
+    ranks = evaluate(model, holdout, items, max_len=5, row_length=row_length, budget=budget, batch_size=batch_size)
+    whole = ranks_of(model.table.detach()[history.last], torch.from_numpy(holdout.targets))
+    assert np.array_equal(ranks.users, holdout.users)
+    assert np.array_equal(ranks.rank, whole.rank) and np.array_equal(ranks.pessimistic, whole.pessimistic)
+    assert model.training and model.widest <= max(1, min(batch_size, budget // items))
+
+
+def test_evaluate_names_the_user_of_a_later_batch():
+    history = Sequences.from_lists([[0], [1], [2], [3], [4]])
+    table = torch.zeros(5, 5)
+    table[3, 1] = torch.nan
+    holdout = Holdout(np.array([10, 11, 12, 13, 14]), history, np.zeros(5, np.int64))
+    model = FromTable(table).train()
+    with pytest.raises(ValueError, match="user row 13 "):
+        evaluate(model, holdout, 5, batch_size=2)
+    assert model.training
+
+
+def test_ranks_survive_parquet_and_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
+    ranks, path = ranks_of(*tied_scores(2)), tmp_path / "deep" / "key.ranks.parquet"
+    ranks.to_parquet(path)
+    before = path.read_bytes()
+    monkeypatch.setattr("flare.metrics.os.replace", lambda *a: (_ for _ in ()).throw(OSError("killed")))
+    with pytest.raises(OSError, match="killed"):
+        ranks.subset(slice(0, 3)).to_parquet(path)
+    assert path.read_bytes() == before
+    again = Ranks.from_parquet(path)
+    assert all(np.array_equal(getattr(again, f), getattr(ranks, f)) for f in ("users", "rank", "pessimistic"))
+    assert again.rank.dtype == np.int64
+
+
+def test_bootstrap_interval_covers_and_p_is_uniform_without_a_difference():
+    "200 comparisons of two equally good models: 5 % false alarms, give or take."
+    rng = np.random.default_rng(0)
+    false_alarms, covered = 0, 0
+    for trial in range(200):
+        a, b = (Ranks(np.arange(150), r, r) for r in rng.integers(1, 30, size=(2, 150)))
+        found = paired_bootstrap(a, b, "mrr", samples=300, seed=trial)
+        false_alarms += found.p_value <= 0.05
+        covered += found.low <= 0 <= found.high
+    assert 2 <= false_alarms <= 20 and 180 <= covered <= 198
+
+
+def test_bootstrap_sees_a_difference_that_is_there():
+    worse = np.random.default_rng(0).integers(2, 40, size=2000)
+    users, better = np.arange(2000), np.where(worse % 3 == 0, worse - 1, worse)
+    found = paired_bootstrap(Ranks(users, better, better), Ranks(users, worse, worse), "mrr")
+    assert found.p_value < 0.01 and 0 < found.low < found.difference < found.high
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.integers(0, 30), min_size=1, max_size=80))
+def test_deciles_rise_with_popularity_and_keep_equal_counts_together(counts):
+    counts = np.array(counts)
+    deciles = popularity_deciles(counts)
+    assert deciles.min() >= 1 and deciles.max() <= 10
+    order = np.argsort(counts, kind="stable")
+    assert (np.diff(deciles[order]) >= 0).all()
+    assert all(len(set(deciles[counts == c])) == 1 for c in counts)
+
+
+def test_deciles_add_up():
+    ranks = ranks_of(*tied_scores(3))
+    targets, counts = np.random.default_rng(0).integers(50, size=len(ranks)), np.random.default_rng(1).permutation(50)
+    table = by_popularity(ranks, targets, counts)
+    assert table["items"].tolist() == [5] * 10 and table["users"].sum() == len(ranks)
+    assert (table["mrr"] * table["users"]).sum() / len(ranks) == pytest.approx(ranks.metrics()["mrr_pessimistic"])

@@ -1,0 +1,109 @@
+"A run that is killed in the middle of an epoch ends as one that never was."
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from flare.data import leave_one_out, load_dataset
+from flare.models import FlareConfig, FlareModel
+from flare.trainer import TrainConfig, Trainer
+
+SCRIPT = """
+import sys, torch
+from safetensors.torch import save_file
+from flare.data import leave_one_out, load_dataset
+from flare.models import FlareConfig, FlareModel
+from flare.trainer import TrainConfig, Trainer
+
+torch.set_num_threads(1)
+split = leave_one_out(load_dataset("ml-100k"))
+torch.manual_seed(0)
+model = FlareModel(FlareConfig(n_items=split.n_items, max_len=20, hidden_size=32, heads=2, ffn_size=64))
+config = TrainConfig(epochs=2, max_len=20, batch_size=64, average=0.95, checkpoint_every=5)
+trainer = Trainer(model, split, config, sys.argv[1], progress=False)
+trainer.fit()
+save_file(trainer.weights() | {"average." + k: v for k, v in trainer.averaged.items()}, sys.argv[2])
+"""
+
+
+def start(folder, out):
+    return subprocess.Popen([sys.executable, "-c", SCRIPT, str(folder), str(out)])
+
+
+@pytest.mark.timeout(240)
+def test_killed_and_resumed_is_bit_for_bit_the_same(tmp_path):
+    assert start(tmp_path / "straight", tmp_path / "straight.safetensors").wait() == 0
+    steps = max(int(p.name[-8:]) for p in (tmp_path / "straight").glob("epoch-*"))
+
+    process, deadline = start(tmp_path / "killed", tmp_path / "killed.safetensors"), time.time() + 120
+    while not list((tmp_path / "killed").glob(f"epoch-00001-step-*")) and time.time() < deadline: time.sleep(0.01)
+    while not any(int(p.name[-8:]) % (steps // 2) for p in (tmp_path / "killed").glob("epoch-00001-*")):
+        assert time.time() < deadline
+        time.sleep(0.01)
+    os.kill(process.pid, signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL and not (tmp_path / "killed.safetensors").exists()
+
+    assert start(tmp_path / "killed", tmp_path / "killed.safetensors").wait() == 0
+    straight, resumed = load_file(tmp_path / "straight.safetensors"), load_file(tmp_path / "killed.safetensors")
+    assert straight.keys() == resumed.keys()
+    for name in straight: assert torch.equal(straight[name], resumed[name]), name
+
+
+@pytest.fixture(scope="module")
+def split():
+    return leave_one_out(load_dataset("ml-100k"))
+
+
+def trainer(split, folder, size=16, **changes):
+    model = FlareModel(FlareConfig(n_items=split.n_items, max_len=10, hidden_size=size, heads=2, ffn_size=16))
+    return Trainer(model, split, TrainConfig(**{"epochs": 1, "max_len": 10, "batch_size": 512, **changes}), folder, progress=False)
+
+
+def test_checkpoint_of_another_config_is_refused(split, tmp_path):
+    trainer(split, tmp_path).fit()
+    with pytest.raises(ValueError, match="learning_rate is 0.001 there and 0.1 here.*another folder"):
+        trainer(split, tmp_path, learning_rate=0.1).fit()
+    with pytest.raises(ValueError, match="model.hidden_size is 16 there and 32 here"):
+        trainer(split, tmp_path, size=32).fit()
+
+
+@pytest.mark.parametrize("name", ["state.json", "weights.safetensors"])
+def test_damaged_checkpoint_is_named(split, tmp_path, name):
+    trainer(split, tmp_path).fit()
+    (checkpoint,) = tmp_path.glob("epoch-*")
+    content = (checkpoint / name).read_bytes()
+    (checkpoint / name).write_bytes(content[: len(content) // 2])
+    with pytest.raises(ValueError, match=f"{checkpoint.name} is damaged.*delete this folder"):
+        trainer(split, tmp_path).fit()
+
+
+def test_a_finished_run_is_not_trained_again(split, tmp_path):
+    first = trainer(split, tmp_path)
+    result = first.fit()
+    again = trainer(split, tmp_path)
+    again.step = lambda batch: pytest.fail("trained again")
+    assert again.fit().steps == result.steps
+    for a, b in zip(first.model.parameters(), again.model.parameters()): assert torch.equal(a, b)
+
+
+def test_patience_stops_and_the_best_weights_stay(split):
+    worsening = trainer(split, None, epochs=20, patience=2, learning_rate=0.5, warmup=0.0)
+    result = worsening.fit()
+    assert result.epochs == min(20, result.best_epoch + 2)
+    assert result.validation.metrics()["ndcg@10_pessimistic"] == pytest.approx(result.history["ndcg@10_pessimistic"].max())
+
+
+def test_sums_are_divided_by_counts():
+    "The gradient of two losses is that of the sum of their means."
+    class Two(torch.nn.Linear):
+        def loss(self, batch): return {"a": (self.weight.sum() * 6, 3), "b": (self.weight.sum() * 5, 5)}
+    split = leave_one_out(load_dataset("ml-100k"))
+    run = Trainer(Two(1, 1, bias=False), split, TrainConfig(clip_norm=1e9), progress=False)
+    run.step(run.batches.batch(0, 0))
+    assert run.model.weight.grad.item() == pytest.approx(6 / 3 + 5 / 5)
