@@ -6,17 +6,18 @@
 __all__ = ['COLUMNS', 'assignments', 'text_table', 'run_command', 'grid_command', 'report', 'table_command', 'Parser',
            'make_parser', 'main']
 
-# %% ../nbs/15_cli.ipynb #2b0b539c
+# %% ../nbs/15_cli.ipynb #a140864f
 import argparse
 import sys
 from pathlib import Path
 
 import pandas as pd
 
-from .experiments import TRAINING_FREE, best_settings, over_seeds, project_folder, read_records
+from .experiments import best_settings, over_seeds, read_records
 from .grid import Grid, read_yaml, run_grid
+from .records import TRAINING_FREE, project_folder
 
-# %% ../nbs/15_cli.ipynb #22d93f5d
+# %% ../nbs/15_cli.ipynb #478c8534
 def assignments(
     texts: list[str],  # each key=value
 ) -> dict:  # key → value
@@ -29,7 +30,7 @@ def assignments(
         values[name] = read_yaml(value, f"--set {text}")
     return values
 
-# %% ../nbs/15_cli.ipynb #b097c349
+# %% ../nbs/15_cli.ipynb #82da4381
 COLUMNS = {"R@1": "test.recall@1", "R@10": "test.recall@10", "nDCG@10": "test.ndcg@10", "MRR": "test.mrr",
            "R@10 pess.": "test.recall@10_pessimistic", "nDCG@10 pess.": "test.ndcg@10_pessimistic",
            "MRR pess.": "test.mrr_pessimistic"}
@@ -40,9 +41,10 @@ def text_table(
 ) -> str:  # lines of at most 120 characters
     "The records of a dataset as a table for the terminal."
     rows = best_settings(over_seeds(records)).sort_values("test.ndcg@10_pessimistic")
-    shown = pd.DataFrame({"model": rows["model"] + rows["stale"].map({True: " (stale)", False: ""}), "seeds": rows["seeds"]})
+    marks = rows["stale"].map({True: " (stale)", False: ""})
+    shown = pd.DataFrame({"model": rows["model"] + marks, "seeds": rows["seeds"]})
     for title, column in COLUMNS.items():
-        spread = rows[f"{column}.std"].map(lambda std: "" if pd.isna(std) else f" ±{std:.4f}"[:6].replace("±0.", "±."))
+        spread = rows[f"{column}.std"].map(lambda std: "" if pd.isna(std) else f" ±{std:.4f}".replace("±0.", "±."))
         shown[title] = rows[column].map("{:.4f}".format) + (spread if title == "nDCG@10 pess." else "")
     free = rows[rows["model"].isin(TRAINING_FREE)]
     if len(free):
@@ -55,7 +57,7 @@ def text_table(
             f"{about['interactions']:,.0f} interactions, {about['text_coverage']:.1%} of them with text")
     return f"{head}\n{shown.to_string(index=False)}"
 
-# %% ../nbs/15_cli.ipynb #e5f6379c
+# %% ../nbs/15_cli.ipynb #c9151746
 def run_command(arguments: argparse.Namespace) -> int:  # exit code
     "flare run NAME --set key=value …"
     return report(run_grid(Grid(arguments.name, {}, [{}]), stale=True, override=assignments(arguments.set)))
@@ -79,8 +81,8 @@ def report(
         print(f"stale: {row.model} {row.dataset} seed {row.seed}: {row.note} (--stale reruns it)", file=sys.stderr)
     failed = outcome[outcome["state"] == "failed"]
     for row in failed.itertuples():
-        print(f"failed: {row.model} {row.dataset} seed {row.seed}: {row.note} (see paper/runs/{row.experiment}/{row.key}.log)",
-              file=sys.stderr)
+        log = f"paper/runs/{row.experiment}/{row.key}.log"
+        print(f"failed: {row.model} {row.dataset} seed {row.seed}: {row.note} (see {log})", file=sys.stderr)
     return int(len(failed) > 0)
 
 
@@ -95,7 +97,7 @@ def table_command(arguments: argparse.Namespace) -> int:  # exit code
     print(text_table(found))
     return 0
 
-# %% ../nbs/15_cli.ipynb #146036bc
+# %% ../nbs/15_cli.ipynb #2a049050
 class Parser(argparse.ArgumentParser):
     "An argument parser whose errors are one line."
 
@@ -118,11 +120,13 @@ def make_parser() -> Parser:
     many.add_argument("--stale", action="store_true", help="also rerun records whose code, data or defaults changed")
     many.set_defaults(action=grid_command)
     for command in (one, many):
-        command.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="values, as YAML")
+        command.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE",
+                             help="values, as YAML")
     table = commands.add_parser("table", help="print the records of a dataset")
     table.add_argument("dataset", metavar="DATASET", help="as in the records, such as ml-100k")
     table.add_argument("--experiment", default="benchmark", metavar="NAME", help="whose records (default: benchmark)")
-    table.add_argument("--split", default="leave_one_out", metavar="SPLIT", help="leave_one_out (default) or unseen_users")
+    table.add_argument("--split", default="leave_one_out", metavar="SPLIT",
+                       help="leave_one_out (default) or unseen_users")
     table.set_defaults(action=table_command)
     return parser
 

@@ -6,7 +6,7 @@
 __all__ = ['WHICH', 'PlainLoader', 'read_yaml', 'Grid', 'declared_parameters', 'Point', 'make_points', 'state', 'execute',
            'failure', 'run_grid', 'run_points']
 
-# %% ../nbs/13_grid.ipynb #c2c5d6c8
+# %% ../nbs/13_grid.ipynb #fddc6cac
 import ast
 import itertools
 import json
@@ -24,15 +24,16 @@ import yaml
 from tqdm.auto import tqdm
 
 from .data import READERS, load_dataset
-from .experiments import (SPLITS, project_folder, read_record, record_key, record_path, resolve, staleness, typed,
-                               write_text)
+from .records import (SPLITS, project_folder, read_record, record_key, record_path, resolve, staleness, typed,
+                           write_text)
 
-# %% ../nbs/13_grid.ipynb #4a61cfea
+# %% ../nbs/13_grid.ipynb #f69be640
 class PlainLoader(yaml.SafeLoader):
     "YAML without objects, in which 1e-3 is a number."
 
 
-PlainLoader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"^[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789"))
+PlainLoader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"^[-+]?\d+(\.\d*)?[eE][-+]?\d+$"),
+                                  list("-+0123456789"))
 
 
 def read_yaml(
@@ -47,7 +48,7 @@ def read_yaml(
         where = f", line {mark.line + 1}" if mark else ""
         raise ValueError(f"{source}{where}: not YAML: {getattr(error, 'problem', None) or error}") from error
 
-# %% ../nbs/13_grid.ipynb #43cf52d1
+# %% ../nbs/13_grid.ipynb #cbedfd5f
 @dataclass(frozen=True)
 class Grid:
     "The points at which a notebook is to be run."
@@ -70,7 +71,7 @@ class Grid:
         if not isinstance(content["notebook"], str) or not isinstance(base, dict):
             raise ValueError(f"{file}: notebook must be a name and base a mapping of names to values")
         if not isinstance(blocks, list) or not blocks or not all(isinstance(block, dict) for block in blocks):
-            raise ValueError(f"{file}: grid must be a list of blocks, each a mapping of names to values or lists of values")
+            raise ValueError(f"{file}: grid must be a list of blocks, each a mapping of names to values or to lists")
         if empty := [name for block in blocks for name, values in block.items() if values == []]:
             raise ValueError(f"{file}: {', '.join(empty)} has an empty list of values, so its block has no points")
         return cls(content["notebook"], base, blocks)
@@ -85,11 +86,11 @@ class Grid:
             points += [self.base | dict(zip(block, values)) | (override or {}) for values in itertools.product(*lists)]
         return list({json.dumps(point, sort_keys=True, default=str): point for point in points}.values())
 
-# %% ../nbs/13_grid.ipynb #d83e7a3a
+# %% ../nbs/13_grid.ipynb #e6cd1de9
 def declared_parameters(
     notebook: str | Path,  # an experiment
 ) -> dict:  # name → default
-    "What the notebook's cell tagged `parameters` assigns. Raises FileNotFoundError, or ValueError naming notebook and line."
+    "What the cell tagged `parameters` assigns. Raises FileNotFoundError, or ValueError naming notebook and line."
     notebook = Path(notebook)
     if not notebook.is_file():
         others = ", ".join(sorted(p.stem for p in notebook.parent.glob("*.ipynb"))) or "none"
@@ -111,7 +112,7 @@ def declared_parameters(
                              f"name = plain value: {ast.unparse(statement)}") from error
     return declared
 
-# %% ../nbs/13_grid.ipynb #457e7316
+# %% ../nbs/13_grid.ipynb #32f8d6d1
 WHICH = ("experiment", "model", "dataset", "seed", "split")
 
 
@@ -128,14 +129,15 @@ def make_points(
     notebook: Path,
     chosen: list[dict],  # name → value, one a point
 ) -> list[Point]:  # without duplicates
-    "Check the values of all points and name them. Raises ValueError or FileNotFoundError on the first that cannot be run."
+    "Check the values of all points and name them. Raises ValueError or FileNotFoundError where one cannot be run."
     declared = declared_parameters(notebook)
     if missing := [name for name in WHICH if name not in declared]:
         raise ValueError(f"{notebook}: does not declare {', '.join(missing)}, which every experiment needs")
     loaded, points = {}, {}
     for values in chosen:
         if unknown := [str(name) for name in values if name not in declared]:
-            raise ValueError(f"{notebook.name} does not declare {', '.join(unknown)}; it declares {', '.join(declared)}")
+            raise ValueError(f"{notebook.name} does not declare {', '.join(unknown)}; "
+                             f"it declares {', '.join(declared)}")
         values = declared | {name: typed(name, value, declared[name]) for name, value in values.items()}
         asked, _ = resolve(values["model"], {name: value for name, value in values.items() if name not in WHICH})
         if values["split"] not in SPLITS:
@@ -162,7 +164,7 @@ def state(
     why = staleness(read_record(path), point.fingerprint)
     return ("stale", why) if why else ("fresh", "")
 
-# %% ../nbs/13_grid.ipynb #8aa44334
+# %% ../nbs/13_grid.ipynb #17397359
 def execute(
     point: Point,
     project: Path,  # the notebook's working folder
@@ -173,8 +175,8 @@ def execute(
     output = root / "runs" / point.values["experiment"] / f"{point.key}.ipynb"
     log = output.with_suffix(".log")
     output.parent.mkdir(parents=True, exist_ok=True)
-    command = [sys.executable, "-m", "papermill", str(point.notebook), str(output), "--cwd", str(project), "--no-progress-bar",
-               "--log-output", "--parameters_yaml", yaml.safe_dump(point.values)]
+    command = [sys.executable, "-m", "papermill", str(point.notebook), str(output), "--cwd", str(project),
+               "--no-progress-bar", "--log-output", "--parameters_yaml", yaml.safe_dump(point.values)]
     limits = {name: str(threads) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")}
     start = time.perf_counter()
     done = subprocess.run(command, env=os.environ | limits, capture_output=True, text=True)
@@ -202,7 +204,7 @@ def failure(
             return " ".join(f"{output['ename']}: {output['evalue']}".split()), traceback
     return None
 
-# %% ../nbs/13_grid.ipynb #62a9bc3c
+# %% ../nbs/13_grid.ipynb #d1870313
 def run_grid(
     grid: Grid,
     workers: int = 1,  # notebooks at the same time
@@ -220,7 +222,8 @@ def run_grid(
     points = make_points(project / "nbs/experiments" / f"{grid.notebook}.ipynb", grid.expand(override))
     states = [state(point, project / "paper") for point in points]
     rows = [{name: point.values[name] for name in ("experiment", "model", "dataset", "split", "seed")}
-            | {"key": point.key, "state": now, "seconds": None, "note": why} for point, (now, why) in zip(points, states)]
+            | {"key": point.key, "state": now, "seconds": None, "note": why}
+            for point, (now, why) in zip(points, states)]
     wanted = ["missing"] + ["stale"] * stale
     waiting = [i for i, (now, _) in enumerate(states) if now in wanted]
     if waiting and not dry_run:
@@ -253,7 +256,8 @@ def run_points(
                 seconds, error = future.result()
                 failed += bool(error)
                 row |= {"state": "failed" if error else "done", "seconds": round(seconds, 1), "note": error}
-            running = [f"{rows[i]['model']} {rows[i]['dataset']} {rows[i]['seed']}" for f, i in futures.items() if f.running()]
+            rows_running = [rows[i] for future, i in futures.items() if future.running()]
+            running = [f"{row['model']} {row['dataset']} {row['seed']}" for row in rows_running]
             bar.set_postfix_str(", ".join([f"{failed} failed"] * bool(failed) + running), refresh=False)
             bar.update(len(done))
             if done or sys.stderr.isatty():  # the clock ticks on a screen, not in a log

@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['masked_item_loss']
 
-# %% ../nbs/06_losses.ipynb #8135ea62
+# %% ../nbs/06_losses.ipynb #fb6d4266
 import torch.nn.functional as F
 from torch import Tensor
 
-# %% ../nbs/06_losses.ipynb #84ff2c58
+# %% ../nbs/06_losses.ipynb #e9ff001e
 def masked_item_loss(
     hidden: Tensor,  # (M, d) states at the masked positions
     table: Tensor,  # (V, d) output embeddings of the catalogue

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['cloze_mask', 'pack', 'Batch', 'collate', 'windows', 'TrainingBatches', 'evaluation_batches']
 
-# %% ../nbs/04_masking.ipynb #25e08461
+# %% ../nbs/04_masking.ipynb #e7a107ec
 from dataclasses import dataclass, fields
 from typing import Iterator
 
@@ -13,28 +13,26 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .data import Sequences
+from .sequences import Sequences
 
-# %% ../nbs/04_masking.ipynb #d2ee3c7c
+# %% ../nbs/04_masking.ipynb #a7ccb3cc
 def cloze_mask(
     lengths: np.ndarray,  # (sequences,) number of items of each, at least 1
     probability: float,  # of hiding each item
-    last_mask_share: float,  # share of sequences that hide their last item only
+    only_last: np.ndarray,  # (sequences,) bool, True where the last item is hidden and nothing else
     rng: np.random.Generator,
 ) -> np.ndarray:  # (events,) bool, True where the item is hidden; at least one in every sequence
-    "Cloze masks of Bert4Rec (Sun et al. 2019) over ragged sequences, some of them with the last item only."
+    "Cloze masks of Bert4Rec (Sun et al. 2019) over ragged sequences."
     ends = np.cumsum(lengths)
-    starts, last = ends - lengths, ends - 1
-    hidden = rng.random(ends[-1]) < probability
-    only_last = rng.random(len(lengths)) < last_mask_share
-    hidden &= ~np.repeat(only_last, lengths)
-    hidden[last[only_last]] = True
+    starts = ends - lengths
+    hidden = (rng.random(ends[-1]) < probability) & ~np.repeat(only_last, lengths)
+    hidden[ends[only_last] - 1] = True
     empty = np.add.reduceat(hidden, starts, dtype=np.int64) == 0
     drawn = starts + (rng.random(len(lengths)) * lengths).astype(np.int64)  # one random item of each sequence
     hidden[drawn[empty]] = True
     return hidden
 
-# %% ../nbs/04_masking.ipynb #8eb35ba6
+# %% ../nbs/04_masking.ipynb #b8a3fea6
 def pack(
     lengths: np.ndarray,  # (sequences,) number of tokens of each, at least 1
     row_length: int | None,  # most tokens in a row; None puts every sequence in a row of its own (padding)
@@ -62,12 +60,13 @@ def pack(
         placed += len(given)
     return row, column, len(fill), int(fill.max())
 
-# %% ../nbs/04_masking.ipynb #a63dd372
+# %% ../nbs/04_masking.ipynb #71e4730a
 @dataclass
 class Batch:
     "Packed sequences as tensors: R rows of W cells, S sequences, M masks, C distinct contexts."
     items: Tensor  # (R, W) item index; n_items where the item is hidden, n_items + 1 at padding
     position: Tensor  # (R, W) place of the item within its own sequence, 0-based
+    from_end: Tensor  # (R, W) how many items of its sequence come after it
     segment: Tensor  # (R, W) which sequence of the batch, 0..S-1; -1 at padding
     masked: Tensor  # (M,) cells that are hidden, as row * W + column, ordered by sequence, then position
     targets: Tensor  # (M,) the hidden items; -1 where nobody knows
@@ -85,7 +84,7 @@ class Batch:
         "Share of cells that hold an item or a mask."
         return float((self.segment >= 0).float().mean())
 
-# %% ../nbs/04_masking.ipynb #4eceabe4
+# %% ../nbs/04_masking.ipynb #06732f4d
 def collate(
     items: np.ndarray,  # (events,) items of all sequences, one after the other
     lengths: np.ndarray,  # (sequences,) how many belong to each
@@ -110,11 +109,12 @@ def collate(
         out[cell] = values
         return torch.from_numpy(out).view(rows, width)
 
-    return Batch(items=grid(seen, n_items + 1), position=grid(place, 0), segment=grid(sequence, -1),
+    return Batch(items=grid(seen, n_items + 1), position=grid(place, 0),
+                 from_end=grid(lengths[sequence] - 1 - place, 0), segment=grid(sequence, -1),
                  masked=torch.from_numpy(cell[hidden]), targets=torch.from_numpy(items[hidden].astype(np.int64)),
                  contexts=torch.from_numpy(pairs), context_index=grid(context, 0), n_sequences=len(lengths))
 
-# %% ../nbs/04_masking.ipynb #764b09cb
+# %% ../nbs/04_masking.ipynb #3a077a39
 def windows(
     sequences: Sequences,  # any lengths
     size: int,  # most events in a window
@@ -131,18 +131,18 @@ def windows(
     event = np.arange(offsets[-1]) + np.repeat(start - offsets[:-1], taken)
     return Sequences(sequences.items[event], offsets)
 
-# %% ../nbs/04_masking.ipynb #3e57b864
+# %% ../nbs/04_masking.ipynb #5e02bf21
 class TrainingBatches:
     "Masked, packed batches of training sequences; each a function of (seed, epoch, step) alone."
 
     def __init__(self,
         sequences: Sequences,  # training histories
         n_items: int,  # V
-        batch_size: int = 256,  # sequences (windows) in a step
+        batch_size: int = 64,  # sequences (windows) in a step
         max_len: int = 50,  # items the model looks back
         row_length: int | None = 64,  # cells in a packed row; None pads
         mask_probability: float = 0.2,
-        last_mask_share: float = 0.3,
+        last_mask_share: float = 0.5,
         window_stride: int | None = None,  # see `windows`
         seed: int = 0,
     ):
@@ -162,7 +162,8 @@ class TrainingBatches:
         order = self.order(epoch) if order is None else order
         drawn = self.sequences.take(order[step * self.batch_size : (step + 1) * self.batch_size])
         rng = np.random.default_rng([self.seed, epoch, step])
-        hidden = cloze_mask(drawn.lengths, self.mask_probability, self.last_mask_share, rng)
+        only_last = rng.random(len(drawn)) < self.last_mask_share
+        hidden = cloze_mask(drawn.lengths, self.mask_probability, only_last, rng)
         return collate(drawn.items, drawn.lengths, hidden, self.n_items, self.row_length)
 
     def epoch(self, epoch: int, first: int = 0) -> Iterator[Batch]:
@@ -170,7 +171,7 @@ class TrainingBatches:
         order = self.order(epoch)
         return (self.batch(epoch, step, order) for step in range(first, len(self)))
 
-# %% ../nbs/04_masking.ipynb #91fbbf97
+# %% ../nbs/04_masking.ipynb #ad22c6dd
 def evaluation_batches(
     history: Sequences,  # what is known of each user
     targets: np.ndarray,  # (users,) the item to be found; -1 where nobody knows

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['FlareConfig', 'FlareModel']
 
-# %% ../nbs/07_models.ipynb #df09bbfe
+# %% ../nbs/07_models.ipynb #82b29fa6
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -14,7 +14,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from .losses import masked_item_loss
 from .masking import Batch
 
-# %% ../nbs/07_models.ipynb #66b6ccab
+# %% ../nbs/07_models.ipynb #10aaad81
 class FlareConfig(PreTrainedConfig):
     "Architecture of `FlareModel`. Raises ValueError on an unknown field or on values that do not fit together."
     model_type = "flare"
@@ -25,9 +25,10 @@ class FlareConfig(PreTrainedConfig):
     heads: int = 4  # attention heads; must divide hidden_size
     ffn_size: int = 1024  # width inside the feed-forward blocks
     dropout: float = 0.3  # in attention, feed-forward and on the residual branches
-    embedding_dropout: float = 0.3  # on h = x + p
-    norm: str = "post"  # layer norm "post" (Bert4Rec) or "pre" the residual branches
-    head: str = "transform"  # between transformer and output: "transform" (linear, GELU, norm; Bert4Rec) or "none"
+    embedding_dropout: float = 0.1  # on h = x + p
+    positions: str = "end"  # counted from the "end" of the sequence, or from its "start" (Bert4Rec)
+    norm: str = "pre"  # layer norm "pre" the residual branches, or "post" (Bert4Rec)
+    head: str = "none"  # between transformer and output: "none", or "transform" (linear, GELU, norm; Bert4Rec)
     output_bias: bool = True  # a learned bias per item on the logits
     initializer_range: float = 0.02  # standard deviation of the initial weights
     modalities: tuple = ()  # text contexts added to the ids; none of them: Bert4Rec
@@ -36,7 +37,7 @@ class FlareConfig(PreTrainedConfig):
     def __post_init__(self, **kwargs):
         if unknown := sorted(set(kwargs) - set(PreTrainedConfig().to_dict()) - {"attn_implementation"}):
             raise ValueError(f"FlareConfig has no field {', '.join(unknown)}; its fields are {', '.join(self.own_fields())}")
-        for field, choices in {"norm": ("post", "pre"), "head": ("transform", "none")}.items():
+        for field, choices in {"positions": ("start", "end"), "norm": ("post", "pre"), "head": ("transform", "none")}.items():
             if getattr(self, field) not in choices:
                 raise ValueError(f"FlareConfig.{field} is {getattr(self, field)!r}; choose one of {choices}")
         if self.hidden_size % self.heads:
@@ -48,7 +49,7 @@ class FlareConfig(PreTrainedConfig):
         "Names of the fields that describe the architecture."
         return [name for name in cls.__annotations__ if name != "tie_word_embeddings"]
 
-# %% ../nbs/07_models.ipynb #0c499682
+# %% ../nbs/07_models.ipynb #a75a39aa
 class FlareModel(PreTrainedModel):
     "Bert4Rec (Sun et al. 2019), and with modalities Flare (Hebert et al.): predicts the hidden items of packed sequences."
     config_class = FlareConfig
@@ -92,7 +93,8 @@ class FlareModel(PreTrainedModel):
         hidden_item = (batch.items >= self.config.n_items)[..., None]  # (R, W, 1) masks; padding counts as one
         x = self.item_embedding(batch.items.clamp(max=self.config.n_items - 1))  # (R, W, d)
         x = torch.where(hidden_item, self.mask_embedding, x)
-        h = self.embedding_dropout(x + self.position_embedding(batch.position))
+        place = batch.position if self.config.positions == "start" else batch.from_end  # (R, W)
+        h = self.embedding_dropout(x + self.position_embedding(place))
         other = batch.segment[:, :, None] != batch.segment[:, None, :]  # (R, W, W) True where attention is forbidden
         h = self.encoder(h, mask=other.repeat_interleave(self.config.heads, 0))  # mask: (R * heads, W, W)
         return self.head(h.flatten(0, 1).index_select(0, batch.masked))  # (M, d)

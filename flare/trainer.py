@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['TrainConfig', 'learning_rate', 'Progress', 'Trainer', 'TrainResult', 'train']
 
-# %% ../nbs/09_trainer.ipynb #ca2cdf8f
+# %% ../nbs/09_trainer.ipynb #c2c6003e
 import json
 import math
 import os
@@ -25,29 +25,28 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from .data import Split
+from .sequences import Split
 from .masking import Batch, TrainingBatches
 from .metrics import Ranks, evaluate
 
-# %% ../nbs/09_trainer.ipynb #2dce6d10
+# %% ../nbs/09_trainer.ipynb #dded01e4
 @dataclass(frozen=True)
 class TrainConfig:
     "How a model is trained: everything but its architecture. Raises ValueError on values that make no sense."
     epochs: int = 50  # at most
-    batch_size: int = 256  # sequences in a step
+    batch_size: int = 64  # sequences in a step
     max_len: int = 50  # most recent items the model looks back
     row_length: int = 64  # cells in a packed row
     window_stride: int | None = None  # events between windows of long histories; None: windows do not overlap
     mask_probability: float = 0.2  # of hiding each item
     last_mask_share: float = 0.5  # share of sequences that hide their last item only
-    learning_rate: float = 1e-3  # at its highest
+    learning_rate: float = 5e-4  # at its highest
     warmup: float = 0.05  # share of all steps in which the rate rises
     schedule: str = "cosine"  # after that: "cosine" or "linear" to zero over `epochs`, or "constant"
     weight_decay: float = 0.01  # AdamW's, on matrices only
     beta1: float = 0.9  # Adam's
     beta2: float = 0.999  # Adam's
     clip_norm: float = 1.0  # largest norm of the gradient
-    average: float = 0.0  # decay of a running average of the weights, which is then what is evaluated; 0: none
     evaluate_every: int = 1  # epochs from one validation to the next
     patience: int = 10  # epochs without a better validation before training stops
     checkpoint_every: int = 500  # steps; there is one after every epoch too
@@ -58,14 +57,14 @@ class TrainConfig:
         for name in ("epochs", "batch_size", "max_len", "row_length", "evaluate_every", "patience", "checkpoint_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"TrainConfig.{name} is {getattr(self, name)}; it must be at least 1")
-        for name in ("mask_probability", "last_mask_share", "warmup", "average"):
+        for name in ("mask_probability", "last_mask_share", "warmup"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"TrainConfig.{name} is {getattr(self, name)}; it must lie between 0 and 1")
         for name, choices in {"schedule": ("cosine", "linear", "constant"), "precision": ("fp32", "bf16")}.items():
             if getattr(self, name) not in choices:
                 raise ValueError(f"TrainConfig.{name} is {getattr(self, name)!r}; choose one of {choices}")
 
-# %% ../nbs/09_trainer.ipynb #afa6c61a
+# %% ../nbs/09_trainer.ipynb #e1beb1ee
 def learning_rate(
     step: int,  # 0-based
     steps: int,  # of the whole training
@@ -77,7 +76,7 @@ def learning_rate(
     falling = {"cosine": 0.5 * (1 - math.cos(math.pi * left)), "linear": left, "constant": 1.0}[config.schedule]
     return config.learning_rate * ((step + 1) / rising if step < rising else falling)
 
-# %% ../nbs/09_trainer.ipynb #4b40da7b
+# %% ../nbs/09_trainer.ipynb #5a0cd319
 @dataclass
 class Progress:
     "Where a run is."
@@ -91,7 +90,7 @@ class Progress:
     eval_seconds: float = 0.0
     history: list[dict] = field(default_factory=list)  # one row an epoch: epoch, step, loss and validation metrics
 
-# %% ../nbs/09_trainer.ipynb #4b3ff305
+# %% ../nbs/09_trainer.ipynb #4bb7aa6f
 class Trainer:
     "Trains any model that has `loss(batch)` and `score(batch, item_slice)`; `fit` runs or resumes it."
 
@@ -112,7 +111,6 @@ class Trainer:
         optimizer = torch.optim.AdamW(groups, lr=config.learning_rate, betas=(config.beta1, config.beta2),
                                       fused=True)
         self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
-        self.averaged = {n: p.detach().clone() for n, p in model.named_parameters()} if config.average else {}
         self.best: dict[str, Tensor] = {}
         self.at = Progress()
 
@@ -120,7 +118,7 @@ class Trainer:
         "A copy of the model's weights and buffers."
         return {name: value.detach().clone() for name, value in self.model.state_dict().items()}
 
-# %% ../nbs/09_trainer.ipynb #4556234b
+# %% ../nbs/09_trainer.ipynb #79efff36
 @patch
 def step(self: Trainer,
     batch: Batch,
@@ -136,25 +134,20 @@ def step(self: Trainer,
     self.accelerator.backward(loss)
     self.accelerator.clip_grad_norm_(self.model.parameters(), config.clip_norm)
     self.optimizer.step()
-    if self.averaged:
-        forget = 1 - min(config.average, at.step / (10 + at.step))
-        torch._foreach_lerp_(list(self.averaged.values()), [p.detach() for p in self.model.parameters()], forget)
     if not math.isfinite(value := loss.item()):
         raise FloatingPointError(f"the loss is {value} at step {at.step} (epoch {at.epoch + 1}): "
                                  "lower learning_rate, or train with precision='fp32'")
     at.step, at.loss_sum, at.loss_steps = at.step + 1, at.loss_sum + value, at.loss_steps + 1
     return value
 
-# %% ../nbs/09_trainer.ipynb #47ef34ee
+# %% ../nbs/09_trainer.ipynb #7e0f6b49
 @patch
 def validate(self: Trainer) -> Ranks:
-    "Ranks of the validation targets, by the weights or, with `average`, by their average."
-    current, start = self.weights(), time.perf_counter()
-    self.model.load_state_dict(current | self.averaged)
+    "Ranks of the validation targets; the weights are remembered if they are the best so far."
+    start = time.perf_counter()
     ranks = evaluate(self.model, self.split.validation, self.split.n_items, self.config.max_len, self.config.row_length)
     if (value := ranks.metrics()["ndcg@10_pessimistic"]) > self.at.best_value:
         self.at.best_epoch, self.at.best_value, self.best = self.at.epoch, value, self.weights()
-    self.model.load_state_dict(current)
     self.at.eval_seconds += time.perf_counter() - start
     return ranks
 
@@ -173,7 +166,7 @@ def finished(self: Trainer) -> bool:
     "Whether all epochs are done, or patience has run out."
     return self.at.epoch >= self.config.epochs or self.at.epoch - self.at.best_epoch >= self.config.patience
 
-# %% ../nbs/09_trainer.ipynb #6ee71e27
+# %% ../nbs/09_trainer.ipynb #f0538d12
 @patch
 def identity(self: Trainer) -> dict:
     "What must agree for a checkpoint to be this run's: configurations and the amount of data."
@@ -191,14 +184,14 @@ def save(self: Trainer):
     part, whole = self.folder / "part.tmp", self.folder / f"epoch-{self.at.epoch:05d}-step-{self.at.step:08d}"
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir(parents=True)
-    tensors = {"weights": self.weights(), "optimizer": moments, "averaged": self.averaged, "best": self.best}
-    for name, values in tensors.items(): save_file(values, part / f"{name}.safetensors")
+    for name, tensors in {"weights": self.weights(), "optimizer": moments, "best": self.best}.items():
+        save_file(tensors, part / f"{name}.safetensors")
     (part / "state.json").write_text(json.dumps({"progress": asdict(self.at), "run": self.identity()}, indent=1))
     older = list(self.folder.glob("epoch-*"))
     os.replace(part, whole)
     for path in older: shutil.rmtree(path)
 
-# %% ../nbs/09_trainer.ipynb #98d4be21
+# %% ../nbs/09_trainer.ipynb #7e3a5789
 @patch
 def restore(self: Trainer):
     "Go on from the newest checkpoint, if there is one. Raises ValueError if it belongs to another run or is damaged."
@@ -206,8 +199,8 @@ def restore(self: Trainer):
     if not found: return
     try:
         state = json.loads((found[-1] / "state.json").read_text())
-        weights, moments, averaged, self.best = (load_file(found[-1] / f"{name}.safetensors") for name in
-                                                 ("weights", "optimizer", "averaged", "best"))
+        weights, moments, self.best = (load_file(found[-1] / f"{name}.safetensors")
+                                       for name in ("weights", "optimizer", "best"))
     except (OSError, ValueError, SafetensorError) as error:
         raise ValueError(f"{found[-1]} is damaged ({error}); delete this folder to start again") from error
     mine, theirs = self.identity(), state["run"]
@@ -221,10 +214,9 @@ def restore(self: Trainer):
         optimizer["state"].setdefault(int(index), {})[name] = value
     self.optimizer.load_state_dict(optimizer)
     self.model.load_state_dict(weights)
-    self.averaged = {name: averaged[name] for name in self.averaged}  # safetensors sorts names; the step wants the model's order
     self.at = Progress(**state["progress"])
 
-# %% ../nbs/09_trainer.ipynb #aaab7c32
+# %% ../nbs/09_trainer.ipynb #12d599e9
 @dataclass(frozen=True)
 class TrainResult:
     "What training came to; costs are those of the whole run, before and after a resumption."
@@ -267,7 +259,7 @@ def fit(self: Trainer) -> TrainResult:
     return TrainResult(pd.DataFrame(at.history), ranks, at.best_epoch, at.epoch, at.step, at.train_seconds,
                        at.eval_seconds, peak)
 
-# %% ../nbs/09_trainer.ipynb #d63a2cd4
+# %% ../nbs/09_trainer.ipynb #20d11789
 def train(
     model: nn.Module,  # trained in place; ends with the best weights
     split: Split,  # trains on `split.train`, selects on `split.validation`

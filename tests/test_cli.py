@@ -38,7 +38,7 @@ def flare(capsys, *arguments):
     (["run", "benchmark", "--set", "heads=7"], "heads=7"),
     (["run", "benchmark", "--set", "split=random"], "there is no split 'random'"),
     (["run", "benchmark", "--set", "dataset=nowhere/at-all"], "nowhere/at-all"),
-    (["run", "benchmark", "--set", "experiment=../up", "dataset=../shop", "model=lir"], "'../up' does not name an experiment"),
+    (["run", "benchmark", "--set", "experiment=../up", "dataset=../shop", "model=lir"], "'../up' does not name"),
     (["grid", "nowhere.yml"], "there is no grid nowhere.yml"), (["grid", "bad.yml"], "bad.yml, line 2: not YAML"),
     (["grid", "empty.yml"], "empty.yml: a grid has the keys"), (["grid", "good.yml", "--workers", "0"], "workers is 0"),
     (["grid", "good.yml", "--workers", "two"], "invalid int value: 'two'"),
@@ -69,14 +69,16 @@ def test_a_damaged_record_is_one_line(project, capsys):
 
 
 def test_the_table_reads_records(project, capsys):
-    records = [run("benchmark", model, str(project / "shop"), root=project / "paper") for model in ("popularity", "lir")]
+    models, shop = ("popularity", "lir"), str(project / "shop")
+    records = [run("benchmark", model, shop, root=project / "paper") for model in models]
     code, out, _ = flare(capsys, "table", "shop")
     lines = out.splitlines()
     assert code == 0 and lines[0].startswith("shop, leave_one_out: 24 users, 12 items") and len(lines) == 4
     assert all(len(line) <= 120 for line in lines)
     for record in records:
         (line,) = [line for line in lines if line.split()[0] == record.model]
-        assert f"{record.metrics['test']['ndcg@10']:.4f}" in line and f"{record.metrics['test']['mrr_pessimistic']:.4f}" in line
+        for metric in ("ndcg@10", "mrr_pessimistic"):
+            assert f"{record.metrics['test'][metric]:.4f}" in line
 
 
 def test_a_stale_record_is_marked(project, capsys):
@@ -91,7 +93,8 @@ def test_run_and_grid_from_a_shell(project):
     environment = os.environ | {"PATH": f"{os.path.dirname(sys.executable)}:{os.environ['PATH']}"}
 
     def shell(*arguments):
-        return subprocess.run(["flare", *arguments], cwd=project / "nbs", env=environment, capture_output=True, text=True)
+        return subprocess.run(["flare", *arguments], cwd=project / "nbs", env=environment, capture_output=True,
+                              text=True)
 
     first = shell("run", "benchmark", "--set", "model=popularity", f"dataset={project / 'shop'}", "learning_rate=1e-3")
     assert first.returncode == 0 and "done" in first.stdout, first.stderr
@@ -104,7 +107,8 @@ def test_run_and_grid_from_a_shell(project):
 
 def test_a_failed_run_says_where_to_look(project, capsys):
     path = project / "nbs/experiments/benchmark.ipynb"
-    path.write_text(path.read_text().replace("from flare.experiments import run", "raise RuntimeError('the disk is full')"))
+    spoilt = path.read_text().replace("from flare.experiments import run", "raise RuntimeError('the disk is full')")
+    path.write_text(spoilt)
     code, out, error = flare(capsys, "run", "benchmark", "--set", "model=lir", f"dataset={project / 'shop'}")
     last = error.strip().splitlines()[-1]
     assert code == 1 and "failed" in out and "RuntimeError: the disk is full (see paper/runs/benchmark/" in last

@@ -17,10 +17,11 @@ import torch
 from nbdev.test import _keep_file
 
 from flare import experiments, grid
-from flare.experiments import (MODELS, SCHEMA, code_digest, essence, over_seeds, parameters_of, read_record, read_records,
-                               record_key, record_path, run, staleness, write_record)
+from flare.experiments import over_seeds, read_records, run
 from flare.grid import WHICH, Grid, declared_parameters, make_points, read_yaml, run_grid
 from flare.metrics import Ranks
+from flare.records import (MODELS, SCHEMA, Record, code_digest, essence, parameters_of, read_record, record_key,
+                           resolve, staleness, write_record)
 from shop import HOME, write_project, write_shop
 
 SMALL = {"hidden_size": 16, "heads": 2, "ffn_size": 32, "layers": 1, "batch_size": 8}
@@ -63,7 +64,7 @@ def test_a_key_never_changes():
 
 def test_the_key_is_the_same_for_the_same_values_in_other_types(shop, tmp_path):
     asked = [{"dropout": 0, "epochs": 1}, {"epochs": np.int64(1), "dropout": np.float64(0)}]
-    assert len({json.dumps(experiments.resolve("bert4rec", a)[0]) for a in asked}) == 1
+    assert len({json.dumps(resolve("bert4rec", a)[0]) for a in asked}) == 1
 
 
 def test_a_record_is_named_by_its_content(record, tmp_path):
@@ -100,14 +101,16 @@ def test_a_write_that_is_interrupted_leaves_no_record(record, tmp_path, monkeypa
 
 def test_a_metric_that_is_no_number_is_refused(record, tmp_path):
     metrics = record.metrics | {"test": record.metrics["test"] | {"mrr": float("nan")}}
+    ranks = Ranks(np.arange(1), np.ones(1, int), np.ones(1, int))
     with pytest.raises(ValueError, match="metrics.test.mrr of popularity on shop is nan"):
-        write_record(replace(record, metrics=metrics), Ranks(np.arange(1), np.ones(1, int), np.ones(1, int)), tmp_path / "other")
+        write_record(replace(record, metrics=metrics), ranks, tmp_path / "other")
     assert not (tmp_path / "other").exists()
 
 
 @pytest.mark.parametrize("old, new, message", [
     ('"users": 24', '"users": NaN', "holds NaN, which is not JSON"), ('"seed": 0', '"seed": 3', "edited or renamed"),
-    ('"cost"', '"costs"', "lacks or adds the fields cost, costs"), (f'"schema": {SCHEMA}', '"schema": 99', "update flare"),
+    ('"cost"', '"costs"', "lacks or adds the fields cost, costs"),
+    (f'"schema": {SCHEMA}', '"schema": 99', "update flare"),
     (f'"schema": {SCHEMA}', '"schema": "one"', "has no schema number"), ("}", "", "is not JSON")])
 def test_a_damaged_record_is_named(record, tmp_path, old, new, message):
     path = record.path(tmp_path / "paper")
@@ -140,23 +143,25 @@ def test_the_reasons_are_named(record):
 
 
 def test_a_changed_default_is_noticed_and_an_added_field_is_not():
-    asked, complete = experiments.resolve("bert4rec", {"epochs": 2})
-    made = experiments.Record("tests", "bert4rec", 0, asked, complete, {"name": "shop", "fingerprint": "0"}, {}, {}, {}, code_digest("bert4rec"))
+    asked, complete = resolve("bert4rec", {"epochs": 2})
+    data = {"name": "shop", "fingerprint": "0"}
+    made = Record("tests", "bert4rec", 0, asked, complete, data, {}, {}, {}, code_digest("bert4rec"))
     assert staleness(made) == ""
     assert staleness(replace(made, config=complete | {"dropout": 0.77})) == "parameters changed: dropout"
     assert staleness(replace(made, config={k: v for k, v in complete.items() if k != "dropout"})) == ""
-    assert staleness(replace(made, parameters={"epochs": 2, "dropout": 0.77}, config=complete | {"dropout": 0.77})) == ""
+    spelt_out = replace(made, parameters=asked | {"dropout": 0.77}, config=complete | {"dropout": 0.77})
+    assert staleness(spelt_out) == ""
 
 
 def test_the_digest_follows_imports_and_not_what_is_loaded():
-    alone = subprocess.run([sys.executable, "-c", "from flare.experiments import code_digest; print(code_digest('popularity'))"],
-                           capture_output=True, text=True, check=True).stdout
+    script = "from flare.records import code_digest; print(code_digest('popularity'))"
+    alone = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout
     import flare.cli  # noqa: F401
     assert ast.literal_eval(alone) == code_digest("popularity")
     assert {"flare.data", "flare.metrics", "flare.baselines.popularity"} <= set(code_digest("popularity"))
     assert {"flare.trainer", "flare.models", "flare.losses", "flare.masking"} <= set(code_digest("bert4rec"))
     for model in MODELS:
-        assert not {"flare.experiments", "flare.grid", "flare.cli"} & set(code_digest(model))
+        assert not {"flare.records", "flare.experiments", "flare.grid", "flare.cli"} & set(code_digest(model))
 
 
 def test_what_does_not_compute_is_not_code():
@@ -179,9 +184,12 @@ def test_a_failing_run_leaves_no_record(shop, tmp_path, monkeypatch):
 
 
 def test_bad_input_leaves_nothing(shop, tmp_path):
-    for arguments, message in [(dict(model="bert"), "there is no model 'bert'"), (dict(parameters={"droput": 1}), "unknown parameter droput"),
-                               (dict(parameters={"dropout": "high"}), "dropout is 'high'"), (dict(split="random"), "there is no split"),
-                               (dict(parameters={"heads": 7}), "heads=7"), (dict(parameters={"epochs": 0}), "epochs is 0"),
+    for arguments, message in [(dict(model="bert"), "there is no model 'bert'"),
+                               (dict(parameters={"droput": 1}), "unknown parameter droput"),
+                               (dict(parameters={"dropout": "high"}), "dropout is 'high'"),
+                               (dict(parameters={"heads": 7}), "heads=7"),
+                               (dict(parameters={"epochs": 0}), "epochs is 0"),
+                               (dict(split="random"), "there is no split"),
                                (dict(experiment="a/b"), "does not name an experiment")]:
         given = dict(experiment="tests", model="bert4rec", dataset=str(shop), root=tmp_path / "paper") | arguments
         with pytest.raises(ValueError, match=message):
@@ -206,9 +214,10 @@ def test_two_at_once_run_it_once(shop, tmp_path, monkeypatch):
 
 
 def test_a_killed_run_goes_on_and_ends_the_same(shop, tmp_path):
-    given = dict(experiment="tests", model="bert4rec", dataset=str(shop), parameters=SMALL | {"epochs": 60, "patience": 60}, progress=False)
-    script = (f"import sys, torch; torch.set_num_threads({torch.get_num_threads()}); from flare.experiments import run\n"
-              f"run(root=sys.argv[1], **{given})")
+    parameters = SMALL | {"epochs": 60, "patience": 60}
+    given = dict(experiment="tests", model="bert4rec", dataset=str(shop), parameters=parameters, progress=False)
+    script = (f"import sys, torch; torch.set_num_threads({torch.get_num_threads()})\n"
+              f"from flare.experiments import run; run(root=sys.argv[1], **{given})")
     killed, whole = tmp_path / "killed", tmp_path / "whole"
     process = subprocess.Popen([sys.executable, "-c", script, str(killed)])
     while not list(killed.glob("runs/tests/*/epoch-0000[3-9]*")) and process.poll() is None:
@@ -238,13 +247,15 @@ def test_numbers_as_people_write_them():
 
 
 def test_an_undeclared_key_is_refused(project):
-    with pytest.raises(ValueError, match="benchmark.ipynb does not declare learning_rat; it declares experiment, model, dataset"):
+    message = "benchmark.ipynb does not declare learning_rat; it declares experiment, model, dataset"
+    with pytest.raises(ValueError, match=message):
         run_grid(Grid("benchmark", {"learning_rat": 1.0}, [{}]), project=project)
     assert not (project / "paper").exists()
 
 
 @pytest.mark.parametrize("cell, message", [
-    ("seed = 0\nfor i in (1, 2): pass", "line 2 of the parameters cell"), ("seed = max(1, 2)", "line 1 of the parameters cell"),
+    ("seed = 0\nfor i in (1, 2): pass", "line 2 of the parameters cell"),
+    ("seed = max(1, 2)", "line 1 of the parameters cell"),
     ("seed = 0", "does not declare experiment, model, dataset, split")])
 def test_a_parameters_cell_is_plain(project, cell, message):
     path = project / "nbs/experiments/benchmark.ipynb"
@@ -302,15 +313,16 @@ def test_a_failure_keeps_notebook_and_log_and_stops_nobody(project):
     assert dict(outcome["state"]) == {"lir": "failed", "popularity": "done"}
     assert outcome.loc["lir", "note"] == "AssertionError: the index is broken"
     failed = project / "paper/runs/benchmark" / outcome.loc["lir", "key"]
-    assert failed.with_suffix(".ipynb").exists() and "Traceback (most recent call last)" in failed.with_suffix(".log").read_text()
+    assert failed.with_suffix(".ipynb").exists()
+    assert "Traceback (most recent call last)" in failed.with_suffix(".log").read_text()
     assert list(read_records("benchmark", project / "paper")["model"]) == ["popularity"]
 
 
 def test_a_notebook_that_drops_a_parameter_is_caught(project):
     path = project / "nbs/experiments/benchmark.ipynb"
     path.write_text(path.read_text().replace("dataset, seed, split, parameters", "dataset, 0, split, parameters"))
-    outcome = run_grid(Grid("benchmark", {"dataset": str(project / "shop")}, [{"model": "popularity", "seed": 5}]), project=project,
-                       progress=False)
+    shop = Grid("benchmark", {"dataset": str(project / "shop")}, [{"model": "popularity", "seed": 5}])
+    outcome = run_grid(shop, project=project, progress=False)
     assert outcome["state"][0] == "failed" and "does it pass all its parameters on" in outcome["note"][0]
 
 
@@ -324,13 +336,14 @@ def test_threads_are_divided(project, monkeypatch, workers):
 
     monkeypatch.setattr(grid.subprocess, "run", papermill)
     monkeypatch.setattr(grid.os, "sched_getaffinity", lambda _: set(range(8)))
-    run_grid(Grid("benchmark", {"dataset": str(project / "shop")}, [{"model": ["popularity", "lir"]}]), workers=workers, project=project,
-             progress=False)
+    shop = Grid("benchmark", {"dataset": str(project / "shop")}, [{"model": ["popularity", "lir"]}])
+    run_grid(shop, workers=workers, project=project, progress=False)
     assert seen == [8 // workers] * 2
 
 
 def test_points_travel_to_other_processes(project):
-    (point,) = make_points(project / "nbs/experiments/benchmark.ipynb", [{"dataset": str(project / "shop"), "model": "lir"}])
+    values = {"dataset": str(project / "shop"), "model": "lir"}
+    (point,) = make_points(project / "nbs/experiments/benchmark.ipynb", [values])
     assert pickle.loads(pickle.dumps((grid.execute, point)))[1] == point
 
 
@@ -339,7 +352,8 @@ def test_points_travel_to_other_processes(project):
 def test_the_benchmark_declares_and_passes_every_parameter():
     notebook = NOTEBOOKS / "benchmark.ipynb"
     declared = declared_parameters(notebook)
-    assert {name: value for name, value in declared.items() if name not in WHICH} == EVERY and set(WHICH) <= set(declared)
+    assert {name: value for name, value in declared.items() if name not in WHICH} == EVERY
+    assert set(WHICH) <= set(declared)
     sources = ["".join(c["source"]) for c in json.loads(notebook.read_text())["cells"] if c["cell_type"] == "code"]
     call = next(node for node in ast.walk(ast.parse(next(s for s in sources if "run(" in s)))
                 if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "dict")

@@ -13,7 +13,7 @@ ragged = st.lists(st.integers(1, 30), min_size=1, max_size=80).map(np.array)
 @settings(deadline=None)
 @given(ragged, st.floats(0, 1), st.floats(0, 1), st.integers(0, 99))
 def test_every_sequence_hides_something(lengths, probability, share, seed):
-    hidden = cloze_mask(lengths, probability, share, np.random.default_rng(seed))
+    hidden = cloze_mask(lengths, probability, np.random.default_rng(seed).random(len(lengths)) < share, np.random.default_rng(seed))
     assert hidden.shape == (lengths.sum(),)
     assert (np.add.reduceat(hidden, np.cumsum(lengths) - lengths, dtype=int) >= 1).all()
 
@@ -33,7 +33,7 @@ def test_packing_places_every_cell_once(lengths, row_length):
 def test_a_batch_holds_what_went_in(lengths, seed):
     rng = np.random.default_rng(seed)
     items, critiques = rng.integers(0, 50, lengths.sum()), rng.integers(-1, 4, lengths.sum())
-    hidden = cloze_mask(lengths, 0.3, 0.3, rng)
+    hidden = cloze_mask(lengths, 0.3, rng.random(len(lengths)) < 0.3, rng)
     for row_length in (40, None):
         batch = collate(items, lengths, hidden, 50, row_length, critiques)
         cells, order = batch.segment.flatten() >= 0, np.lexsort((batch.position.flatten(), batch.segment.flatten()))

@@ -12,7 +12,7 @@ SMALL = dict(n_items=60, max_len=30, hidden_size=32, heads=4, ffn_size=64, dropo
 def random_batch(seed, row_length, **changes):
     rng = np.random.default_rng(seed)
     lengths = rng.integers(1, 30, 40)
-    items, hidden = rng.integers(0, 60, lengths.sum()), cloze_mask(lengths, 0.3, 0.3, rng)
+    items, hidden = rng.integers(0, 60, lengths.sum()), cloze_mask(lengths, 0.3, rng.random(len(lengths)) < 0.3, rng)
     if changes.get("other_targets"): items = np.where(hidden, (items + 7) % 60, items)
     return collate(items, lengths, hidden, 60, row_length)
 

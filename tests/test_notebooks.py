@@ -52,7 +52,7 @@ def test_in_sync(rebuilt, folder, ending, remedy):
 
 def test_every_module_has_its_notebook():
     for module in (ROOT / "flare").rglob("*.py"):
-        source = re.search(r"File to edit: (\S+)", module.read_text()[:600])
+        source = re.search(r"File to edit: (\S+\.ipynb)", module.read_text()[:600])
         if source: assert (module.parent / source[1]).resolve().exists(), f"{module} is left over from {source[1]}"
 
 
