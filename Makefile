@@ -4,14 +4,18 @@ VENV ?= .venv
 DATASET ?= ml-100k
 BIN := $(VENV)/bin
 
-.PHONY: setup quickstart test docs clean
+.PHONY: setup quickstart test readme clean
 
 quickstart: setup  ## train on DATASET and print its table (others need FLARE_DATA, e.g. DATASET=recformer/Scientific)
-	$(BIN)/flare grid nbs/experiments/quickstart.yml --set dataset=$(DATASET)
-	$(BIN)/flare table $(DATASET)
+	$(BIN)/flare grid benchmark.yml --only dataset=$(DATASET) seed=0 --set experiment=quickstart
+	$(BIN)/flare table $(DATASET) --experiment quickstart
 
 test: setup  ## every component notebook, the sync and clean gates, tests/
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+
+readme: setup  ## README.md from nbs/index.ipynb
+	$(BIN)/jupyter nbconvert --to markdown nbs/index.ipynb --output-dir . --output README --TagRemovePreprocessor.enabled=True \
+		--TagRemovePreprocessor.remove_input_tags hide_input
 
 setup: $(VENV)/.ready  ## the virtual environment, from the pins of environment.yml
 

@@ -6,7 +6,7 @@
 __all__ = ['COLUMNS', 'assignments', 'text_table', 'run_command', 'grid_command', 'report', 'table_command', 'Parser',
            'make_parser', 'main']
 
-# %% ../nbs/15_cli.ipynb #a140864f
+# %% ../nbs/15_cli.ipynb #38b26021
 import argparse
 import sys
 from pathlib import Path
@@ -17,20 +17,20 @@ from .experiments import best_settings, over_seeds, read_records
 from .grid import Grid, read_yaml, run_grid
 from .records import TRAINING_FREE, project_folder
 
-# %% ../nbs/15_cli.ipynb #478c8534
+# %% ../nbs/15_cli.ipynb #584c7903
 def assignments(
     texts: list[str],  # each key=value
 ) -> dict:  # key → value
-    "Parse the arguments of --set. Raises ValueError naming the one that is not of the form."
+    "Parse the arguments of --set or --only. Raises ValueError naming the one that is not of the form."
     values = {}
     for text in texts:
         name, equals, value = text.partition("=")
         if not equals or not name.isidentifier() or not value.strip():
-            raise ValueError(f"--set {text}: write it as key=value")
-        values[name] = read_yaml(value, f"--set {text}")
+            raise ValueError(f"{text}: write it as key=value")
+        values[name] = read_yaml(value, text)
     return values
 
-# %% ../nbs/15_cli.ipynb #82da4381
+# %% ../nbs/15_cli.ipynb #5b0bfc16
 COLUMNS = {"R@1": "test.recall@1", "R@10": "test.recall@10", "nDCG@10": "test.ndcg@10", "MRR": "test.mrr",
            "R@10 pess.": "test.recall@10_pessimistic", "nDCG@10 pess.": "test.ndcg@10_pessimistic",
            "MRR pess.": "test.mrr_pessimistic"}
@@ -57,7 +57,7 @@ def text_table(
             f"{about['interactions']:,.0f} interactions, {about['text_coverage']:.1%} of them with text")
     return f"{head}\n{shown.to_string(index=False)}"
 
-# %% ../nbs/15_cli.ipynb #c9151746
+# %% ../nbs/15_cli.ipynb #c7f49639
 def run_command(arguments: argparse.Namespace) -> int:  # exit code
     "flare run NAME --set key=value …"
     return report(run_grid(Grid(arguments.name, {}, [{}]), stale=True, override=assignments(arguments.set)))
@@ -68,7 +68,7 @@ def grid_command(arguments: argparse.Namespace) -> int:  # exit code
     shelf = project_folder() / "nbs/experiments" / arguments.file
     file = shelf if shelf.is_file() and not Path(arguments.file).is_file() else Path(arguments.file)
     return report(run_grid(Grid.read(file), workers=arguments.workers, dry_run=arguments.dry_run, stale=arguments.stale,
-                           override=assignments(arguments.set)))
+                           override=assignments(arguments.set), only=assignments(arguments.only)))
 
 
 def report(
@@ -97,7 +97,7 @@ def table_command(arguments: argparse.Namespace) -> int:  # exit code
     print(text_table(found))
     return 0
 
-# %% ../nbs/15_cli.ipynb #2a049050
+# %% ../nbs/15_cli.ipynb #cce66c02
 class Parser(argparse.ArgumentParser):
     "An argument parser whose errors are one line."
 
@@ -116,6 +116,7 @@ def make_parser() -> Parser:
     many = commands.add_parser("grid", help="run the points of a grid that have no record")
     many.add_argument("file", metavar="FILE.yml", help="a grid; its name will do for one in nbs/experiments")
     many.add_argument("--workers", type=int, default=1, metavar="N", help="notebooks at the same time")
+    many.add_argument("--only", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="only points with these values")
     many.add_argument("--dry-run", action="store_true", help="only say what would be run")
     many.add_argument("--stale", action="store_true", help="also rerun records whose code, data or defaults changed")
     many.set_defaults(action=grid_command)

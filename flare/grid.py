@@ -6,7 +6,7 @@
 __all__ = ['WHICH', 'PlainLoader', 'read_yaml', 'Grid', 'declared_parameters', 'Point', 'make_points', 'state', 'execute',
            'failure', 'run_grid', 'run_points']
 
-# %% ../nbs/13_grid.ipynb #fddc6cac
+# %% ../nbs/13_grid.ipynb #80a2fe6f
 import ast
 import itertools
 import json
@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pandas as pd
+import torch
 import yaml
 from tqdm.auto import tqdm
 
@@ -27,7 +28,7 @@ from .data import READERS, load_dataset
 from .records import (SPLITS, project_folder, read_record, record_key, record_path, resolve, staleness, typed,
                            write_text)
 
-# %% ../nbs/13_grid.ipynb #f69be640
+# %% ../nbs/13_grid.ipynb #e75c5d2f
 class PlainLoader(yaml.SafeLoader):
     "YAML without objects, in which 1e-3 is a number."
 
@@ -48,7 +49,7 @@ def read_yaml(
         where = f", line {mark.line + 1}" if mark else ""
         raise ValueError(f"{source}{where}: not YAML: {getattr(error, 'problem', None) or error}") from error
 
-# %% ../nbs/13_grid.ipynb #cbedfd5f
+# %% ../nbs/13_grid.ipynb #5a4c7a39
 @dataclass(frozen=True)
 class Grid:
     "The points at which a notebook is to be run."
@@ -78,15 +79,21 @@ class Grid:
 
     def expand(self,
         override: dict | None = None,  # name → value, the same at every point
+        only: dict | None = None,  # name → value; points of the file with other values are left out
     ) -> list[dict]:  # name → value, one a point, without duplicates
-        "The points, in the order of the file; the last list of a block varies fastest."
+        "The points, in the order of the file; the last list of a block varies fastest. ValueError if `only` leaves none."
         points = []
         for block in self.blocks:
             lists = [values if isinstance(values, list) else [values] for values in block.values()]
-            points += [self.base | dict(zip(block, values)) | (override or {}) for values in itertools.product(*lists)]
-        return list({json.dumps(point, sort_keys=True, default=str): point for point in points}.values())
+            points += [self.base | dict(zip(block, values)) for values in itertools.product(*lists)]
+        kept = [point for point in points if all(point.get(name) == value for name, value in (only or {}).items())]
+        if not kept:
+            values = {name: sorted({str(point.get(name)) for point in points}) for name in only}
+            raise ValueError(f"the grid has no point with {only}; its values are {values}")
+        kept = [point | (override or {}) for point in kept]
+        return list({json.dumps(point, sort_keys=True, default=str): point for point in kept}.values())
 
-# %% ../nbs/13_grid.ipynb #e6cd1de9
+# %% ../nbs/13_grid.ipynb #1c814efb
 def declared_parameters(
     notebook: str | Path,  # an experiment
 ) -> dict:  # name → default
@@ -112,7 +119,7 @@ def declared_parameters(
                              f"name = plain value: {ast.unparse(statement)}") from error
     return declared
 
-# %% ../nbs/13_grid.ipynb #32f8d6d1
+# %% ../nbs/13_grid.ipynb #7cb058b9
 WHICH = ("experiment", "model", "dataset", "seed", "split")
 
 
@@ -164,7 +171,7 @@ def state(
     why = staleness(read_record(path), point.fingerprint)
     return ("stale", why) if why else ("fresh", "")
 
-# %% ../nbs/13_grid.ipynb #17397359
+# %% ../nbs/13_grid.ipynb #1b5e6862
 def execute(
     point: Point,
     project: Path,  # the notebook's working folder
@@ -204,7 +211,7 @@ def failure(
             return " ".join(f"{output['ename']}: {output['evalue']}".split()), traceback
     return None
 
-# %% ../nbs/13_grid.ipynb #d1870313
+# %% ../nbs/13_grid.ipynb #75ea3194
 def run_grid(
     grid: Grid,
     workers: int = 1,  # notebooks at the same time
@@ -212,6 +219,7 @@ def run_grid(
     dry_run: bool = False,  # only say what would be run
     stale: bool = False,  # rerun stale records too
     override: dict | None = None,  # name → value, the same at every point
+    only: dict | None = None,  # name → value; points of the file with other values are left out
     project: str | Path | None = None,  # folder with nbs/experiments and paper; None: found from the current folder
     progress: bool = True,  # show a bar
 ) -> pd.DataFrame:  # one row a point: model, dataset, split, seed, key, state, seconds, note
@@ -219,7 +227,7 @@ def run_grid(
     project = project_folder() if project is None else Path(project).absolute()
     if workers < 1:
         raise ValueError(f"workers is {workers}; at least one is needed")
-    points = make_points(project / "nbs/experiments" / f"{grid.notebook}.ipynb", grid.expand(override))
+    points = make_points(project / "nbs/experiments" / f"{grid.notebook}.ipynb", grid.expand(override, only))
     states = [state(point, project / "paper") for point in points]
     rows = [{name: point.values[name] for name in ("experiment", "model", "dataset", "split", "seed")}
             | {"key": point.key, "state": now, "seconds": None, "note": why}
@@ -227,7 +235,7 @@ def run_grid(
     wanted = ["missing"] + ["stale"] * stale
     waiting = [i for i, (now, _) in enumerate(states) if now in wanted]
     if waiting and not dry_run:
-        threads = max(1, len(os.sched_getaffinity(0)) // min(workers, len(waiting)))
+        threads = max(1, torch.get_num_threads() // min(workers, len(waiting)))
         pool = executor or ThreadPoolExecutor(workers)
         try:
             run_points(pool, rows, {i: points[i] for i in waiting}, project, threads, progress)

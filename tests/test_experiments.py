@@ -335,7 +335,7 @@ def test_threads_are_divided(project, monkeypatch, workers):
         return subprocess.CompletedProcess(command, 1, "", "stopped")
 
     monkeypatch.setattr(grid.subprocess, "run", papermill)
-    monkeypatch.setattr(grid.os, "sched_getaffinity", lambda _: set(range(8)))
+    monkeypatch.setattr(grid.torch, "get_num_threads", lambda: 8)
     shop = Grid("benchmark", {"dataset": str(project / "shop")}, [{"model": ["popularity", "lir"]}])
     run_grid(shop, workers=workers, project=project, progress=False)
     assert seen == [8 // workers] * 2
