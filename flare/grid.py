@@ -6,7 +6,7 @@
 __all__ = ['WHICH', 'PlainLoader', 'read_yaml', 'Grid', 'declared_parameters', 'Point', 'make_points', 'state', 'execute',
            'failure', 'run_grid', 'run_points']
 
-# %% ../nbs/13_grid.ipynb #80a2fe6f
+# %% ../nbs/13_grid.ipynb #219f2d65
 import ast
 import itertools
 import json
@@ -28,7 +28,7 @@ from .data import READERS, load_dataset
 from .records import (SPLITS, project_folder, read_record, record_key, record_path, resolve, staleness, typed,
                            write_text)
 
-# %% ../nbs/13_grid.ipynb #e75c5d2f
+# %% ../nbs/13_grid.ipynb #a2797b7a
 class PlainLoader(yaml.SafeLoader):
     "YAML without objects, in which 1e-3 is a number."
 
@@ -49,7 +49,7 @@ def read_yaml(
         where = f", line {mark.line + 1}" if mark else ""
         raise ValueError(f"{source}{where}: not YAML: {getattr(error, 'problem', None) or error}") from error
 
-# %% ../nbs/13_grid.ipynb #5a4c7a39
+# %% ../nbs/13_grid.ipynb #85e668c3
 @dataclass(frozen=True)
 class Grid:
     "The points at which a notebook is to be run."
@@ -93,7 +93,7 @@ class Grid:
         kept = [point | (override or {}) for point in kept]
         return list({json.dumps(point, sort_keys=True, default=str): point for point in kept}.values())
 
-# %% ../nbs/13_grid.ipynb #1c814efb
+# %% ../nbs/13_grid.ipynb #9a171721
 def declared_parameters(
     notebook: str | Path,  # an experiment
 ) -> dict:  # name → default
@@ -119,7 +119,7 @@ def declared_parameters(
                              f"name = plain value: {ast.unparse(statement)}") from error
     return declared
 
-# %% ../nbs/13_grid.ipynb #7cb058b9
+# %% ../nbs/13_grid.ipynb #69f780b1
 WHICH = ("experiment", "model", "dataset", "seed", "split")
 
 
@@ -171,7 +171,7 @@ def state(
     why = staleness(read_record(path), point.fingerprint)
     return ("stale", why) if why else ("fresh", "")
 
-# %% ../nbs/13_grid.ipynb #1b5e6862
+# %% ../nbs/13_grid.ipynb #9169c5d9
 def execute(
     point: Point,
     project: Path,  # the notebook's working folder
@@ -211,7 +211,7 @@ def failure(
             return " ".join(f"{output['ename']}: {output['evalue']}".split()), traceback
     return None
 
-# %% ../nbs/13_grid.ipynb #75ea3194
+# %% ../nbs/13_grid.ipynb #642f2325
 def run_grid(
     grid: Grid,
     workers: int = 1,  # notebooks at the same time

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['FlareConfig', 'FlareModel']
 
-# %% ../nbs/07_models.ipynb #82b29fa6
+# %% ../nbs/07_models.ipynb #103e682a
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -14,7 +14,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from .losses import masked_item_loss
 from .masking import Batch
 
-# %% ../nbs/07_models.ipynb #10aaad81
+# %% ../nbs/07_models.ipynb #90f0ca6c
 class FlareConfig(PreTrainedConfig):
     "Architecture of `FlareModel`. Raises ValueError on an unknown field or on values that do not fit together."
     model_type = "flare"
@@ -49,7 +49,7 @@ class FlareConfig(PreTrainedConfig):
         "Names of the fields that describe the architecture."
         return [name for name in cls.__annotations__ if name != "tie_word_embeddings"]
 
-# %% ../nbs/07_models.ipynb #a75a39aa
+# %% ../nbs/07_models.ipynb #18ffbfd7
 class FlareModel(PreTrainedModel):
     "Bert4Rec (Sun et al. 2019), and with modalities Flare (Hebert et al.): predicts the hidden items of packed sequences."
     config_class = FlareConfig

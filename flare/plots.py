@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['MODEL_COLOURS', 'SPARE_COLOURS', 'use_style', 'colour', 'save_figure']
 
-# %% ../nbs/00_plots.ipynb #d721d498
+# %% ../nbs/00_plots.ipynb #5e27f70b
 import os
 from io import BytesIO
 from pathlib import Path
@@ -14,7 +14,7 @@ import matplotlib.pyplot as plt
 import seaborn as sns
 from matplotlib.figure import Figure
 
-# %% ../nbs/00_plots.ipynb #addca78f
+# %% ../nbs/00_plots.ipynb #c025ef0d
 def use_style() -> None:
     "Set the project's matplotlib style; call it once at the top of a notebook."
     sns.set_theme(context="paper", style="ticks", font_scale=1.1, rc={
@@ -22,7 +22,7 @@ def use_style() -> None:
         "axes.spines.right": False, "axes.spines.top": False, "axes.grid": True, "grid.alpha": 0.3,
         "legend.frameon": False, "pdf.fonttype": 42, "svg.hashsalt": "flare"})
 
-# %% ../nbs/00_plots.ipynb #9e23d138
+# %% ../nbs/00_plots.ipynb #b413f740
 MODEL_COLOURS = {"flare": "#d95f02", "bert4rec": "#1b6ca8", "popularity": "#8c8c8c", "repeat_last": "#b5a27f",
                  "lir": "#4d9f6f"}
 SPARE_COLOURS = ("#7570b3", "#e7298a", "#a6761d", "#66a61e", "#17a2b8", "#5c3d99")
@@ -33,7 +33,7 @@ def colour(
     "The model's own colour."
     return MODEL_COLOURS.get(model) or SPARE_COLOURS[sum(model.encode()) % len(SPARE_COLOURS)]
 
-# %% ../nbs/00_plots.ipynb #05b5ad1b
+# %% ../nbs/00_plots.ipynb #07d92213
 def save_figure(
     fig: Figure,  # the figure
     name: str,  # file name without ending

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['TrainConfig', 'learning_rate', 'Progress', 'Trainer', 'TrainResult', 'train']
 
-# %% ../nbs/09_trainer.ipynb #c2c6003e
+# %% ../nbs/09_trainer.ipynb #27dfbc2d
 import json
 import math
 import os
@@ -29,7 +29,7 @@ from .sequences import Split
 from .masking import Batch, TrainingBatches
 from .metrics import Ranks, evaluate
 
-# %% ../nbs/09_trainer.ipynb #dded01e4
+# %% ../nbs/09_trainer.ipynb #57ebcdc6
 @dataclass(frozen=True)
 class TrainConfig:
     "How a model is trained: everything but its architecture. Raises ValueError on values that make no sense."
@@ -64,7 +64,7 @@ class TrainConfig:
             if getattr(self, name) not in choices:
                 raise ValueError(f"TrainConfig.{name} is {getattr(self, name)!r}; choose one of {choices}")
 
-# %% ../nbs/09_trainer.ipynb #e1beb1ee
+# %% ../nbs/09_trainer.ipynb #a914e571
 def learning_rate(
     step: int,  # 0-based
     steps: int,  # of the whole training
@@ -76,7 +76,7 @@ def learning_rate(
     falling = {"cosine": 0.5 * (1 - math.cos(math.pi * left)), "linear": left, "constant": 1.0}[config.schedule]
     return config.learning_rate * ((step + 1) / rising if step < rising else falling)
 
-# %% ../nbs/09_trainer.ipynb #5a0cd319
+# %% ../nbs/09_trainer.ipynb #a4c145ed
 @dataclass
 class Progress:
     "Where a run is."
@@ -90,7 +90,7 @@ class Progress:
     eval_seconds: float = 0.0
     history: list[dict] = field(default_factory=list)  # one row an epoch: epoch, step, loss and validation metrics
 
-# %% ../nbs/09_trainer.ipynb #4bb7aa6f
+# %% ../nbs/09_trainer.ipynb #25e6d9cb
 class Trainer:
     "Trains any model that has `loss(batch)` and `score(batch, item_slice)`; `fit` runs or resumes it."
 
@@ -118,7 +118,7 @@ class Trainer:
         "A copy of the model's weights and buffers."
         return {name: value.detach().clone() for name, value in self.model.state_dict().items()}
 
-# %% ../nbs/09_trainer.ipynb #79efff36
+# %% ../nbs/09_trainer.ipynb #b3ad7dbc
 @patch
 def step(self: Trainer,
     batch: Batch,
@@ -140,7 +140,7 @@ def step(self: Trainer,
     at.step, at.loss_sum, at.loss_steps = at.step + 1, at.loss_sum + value, at.loss_steps + 1
     return value
 
-# %% ../nbs/09_trainer.ipynb #7e0f6b49
+# %% ../nbs/09_trainer.ipynb #cf28ac39
 @patch
 def validate(self: Trainer) -> Ranks:
     "Ranks of the validation targets; the weights are remembered if they are the best so far."
@@ -166,7 +166,7 @@ def finished(self: Trainer) -> bool:
     "Whether all epochs are done, or patience has run out."
     return self.at.epoch >= self.config.epochs or self.at.epoch - self.at.best_epoch >= self.config.patience
 
-# %% ../nbs/09_trainer.ipynb #f0538d12
+# %% ../nbs/09_trainer.ipynb #67b8c4c8
 @patch
 def identity(self: Trainer) -> dict:
     "What must agree for a checkpoint to be this run's: configurations and the amount of data."
@@ -191,7 +191,7 @@ def save(self: Trainer):
     os.replace(part, whole)
     for path in older: shutil.rmtree(path)
 
-# %% ../nbs/09_trainer.ipynb #7e3a5789
+# %% ../nbs/09_trainer.ipynb #4e4e7e0d
 @patch
 def restore(self: Trainer):
     "Go on from the newest checkpoint, if there is one. Raises ValueError if it belongs to another run or is damaged."
@@ -216,7 +216,7 @@ def restore(self: Trainer):
     self.model.load_state_dict(weights)
     self.at = Progress(**state["progress"])
 
-# %% ../nbs/09_trainer.ipynb #12d599e9
+# %% ../nbs/09_trainer.ipynb #bee0d358
 @dataclass(frozen=True)
 class TrainResult:
     "What training came to; costs are those of the whole run, before and after a resumption."
@@ -259,7 +259,7 @@ def fit(self: Trainer) -> TrainResult:
     return TrainResult(pd.DataFrame(at.history), ranks, at.best_epoch, at.epoch, at.step, at.train_seconds,
                        at.eval_seconds, peak)
 
-# %% ../nbs/09_trainer.ipynb #20d11789
+# %% ../nbs/09_trainer.ipynb #57a44029
 def train(
     model: nn.Module,  # trained in place; ends with the best weights
     split: Split,  # trains on `split.train`, selects on `split.validation`

@@ -29,7 +29,7 @@ def flare(capsys, *arguments):
 @pytest.mark.parametrize("arguments, message", [
     ([], "required: command"), (["shelve"], "invalid choice: 'shelve'"), (["run"], "required: NAME"),
     (["run", "benchmrk"], "there is no experiment benchmrk; there are: benchmark"),
-    (["grid", "benchmark.yml", "--only", "dataset=ml-1m"], "the grid has no point with {'dataset': 'ml-1m'}"),
+    (["grid", "good.yml", "--only", "dataset=ml-1m"], "the grid has no point with {'dataset': 'ml-1m'}"),
     (["run", "benchmark", "--set", "epoch=3"], "benchmark.ipynb does not declare epoch; it declares experiment, model"),
     (["run", "benchmark", "--set", "seed"], "seed: write it as key=value"),
     (["run", "benchmark", "--set", "seed=[1"], "seed=[1, line 1: not YAML"),
