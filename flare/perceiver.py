@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['in_buckets', 'CrossAttention', 'Look', 'Perceiver', 'Pooling']
 
-# %% ../nbs/07_perceiver.ipynb #ba9c90cd
+# %% ../nbs/07_perceiver.ipynb #d7940661
 import math
 from collections.abc import Callable
 
@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-# %% ../nbs/07_perceiver.ipynb #7bb32af3
+# %% ../nbs/07_perceiver.ipynb #7ed64b47
 def in_buckets(
     read: Callable[[Tensor, Tensor, Tensor], Tensor],  # texts (B,), tokens (B, L, width), absent (B, L) → (B, ...)
     states: Tensor,  # (T, width) tokens, one text after the other
@@ -32,7 +32,7 @@ def in_buckets(
     found = torch.cat(found)
     return found.new_zeros(len(counts), *found.shape[1:]).index_copy(0, order, found)
 
-# %% ../nbs/07_perceiver.ipynb #cabc8431
+# %% ../nbs/07_perceiver.ipynb #b858b219
 class CrossAttention(nn.Module):
     "Latents look at tokens: multi-head attention whose keys and values are the tokens of a text."
 
@@ -55,7 +55,7 @@ class CrossAttention(nn.Module):
 
     def plain(self,
         latents: Tensor,  # (B, K, s)
-        tokens: Tensor,  # (B, L, w) normalised
+        tokens: Tensor,  # (B, L, w)
         absent: Tensor,  # (B, L) bool, True at padding
     ) -> Tensor:  # (B, K, s)
         "Every token is projected; the latents may differ from text to text."
@@ -65,7 +65,7 @@ class CrossAttention(nn.Module):
 
     def weights(self,
         latents: Tensor,  # (K, s) the same for every text
-        tokens: Tensor,  # (B, L, w) normalised
+        tokens: Tensor,  # (B, L, w)
         absent: Tensor,  # (B, L) bool, True at padding
     ) -> Tensor:  # (B, H * K, L) how much each head of each latent looks at each token
         "Folded queries against raw tokens."
@@ -76,7 +76,7 @@ class CrossAttention(nn.Module):
 
     def folded(self,
         latents: Tensor,  # (K, s) the same for every text
-        tokens: Tensor,  # (B, L, w) normalised
+        tokens: Tensor,  # (B, L, w)
         absent: Tensor,  # (B, L) bool, True at padding
     ) -> Tensor:  # (B, K, s)
         "The same for latents that all texts share, without projecting a token."
@@ -85,7 +85,7 @@ class CrossAttention(nn.Module):
         seen = (pooled @ value.mT + self.value.bias.view(self.heads, 1, -1)).transpose(1, 2)  # (B, K, H, s / H)
         return self.out(seen.flatten(2))
 
-# %% ../nbs/07_perceiver.ipynb #ed11ee50
+# %% ../nbs/07_perceiver.ipynb #a3c9de51
 class Look(nn.Module):
     "A cross-attention and a feed-forward block, with their residuals."
 
@@ -109,7 +109,6 @@ class Look(nn.Module):
         "What the latents are after this look."
         def read(texts: Tensor, tokens: Tensor, absent: Tensor) -> Tensor:
             "One bucket."
-            tokens = F.layer_norm(tokens, tokens.shape[-1:])
             if latents.ndim == 2 and fold: return self.attention.folded(latents, tokens, absent)
             return self.attention.plain(latents[texts] if latents.ndim == 3 else latents.expand(len(texts), -1, -1),
                                         tokens, absent)
@@ -123,13 +122,12 @@ class Perceiver(nn.Module):
 
     def __init__(self,
         width: int,  # w, of a token state
-        out: int,  # d, of the vector
         latents: int = 4,  # K
         layers: int = 2,  # self-attention layers among the latents
         heads: int = 4,
         size: int = 256,  # s, of a latent
         cross_attends: int = 1,  # looks at the text, at most one before each layer
-        combine: str = "concat",  # of the latents: "concat", or "mean"
+        combine: str = "concat",  # latents to one vector: side by side ("concat"), or their "mean"
         widening: int = 2,  # of the feed-forward blocks
         dropout: float = 0.0,  # in the self-attention layers
     ):
@@ -143,38 +141,37 @@ class Perceiver(nn.Module):
         self.layers = nn.ModuleList(nn.TransformerEncoderLayer(size, heads, widening * size, dropout, "gelu", batch_first=True,
                                                                norm_first=True) for _ in range(layers))
         self.norm = nn.LayerNorm(size)
-        self.out = nn.Linear(size * (latents if combine == "concat" else 1), out)
+        self.size = size * (latents if combine == "concat" else 1)  # f, of the vector
 
     def forward(self,
         states: Tensor,  # (T, w) token states, one text after the other
         counts: Tensor,  # (C,) int64 tokens of each text; what comes out for a text without tokens means nothing
         fold: bool = True,  # the first look; False: the plain twin
-    ) -> Tensor:  # (C, d)
+    ) -> Tensor:  # (C, f)
         "One vector for each text."
         x = self.looks[0](self.latents, states, counts, fold)  # (C, K, s)
         for i, layer in enumerate(self.layers):
             if 0 < i < len(self.looks): x = self.looks[i](x, states, counts)
             x = layer(x)
         x = self.norm(x)
-        return self.out(x.flatten(1) if self.combine == "concat" else x.mean(1))
+        return x.flatten(1) if self.combine == "concat" else x.mean(1)
 
-# %% ../nbs/07_perceiver.ipynb #ad65c64e
+# %% ../nbs/07_perceiver.ipynb #66f00834
 class Pooling(nn.Module):
-    "One of the states of a text, or their mean, projected."
+    "One of the states of a text, or their mean."
 
     def __init__(self,
         width: int,  # w, of a token state
-        out: int,  # d, of the vector
         which: str,  # "mean", "first" (CLS) or "last" (EOS)
     ):
         super().__init__()
-        self.which, self.out = which, nn.Linear(width, out)
+        self.which, self.size = which, width
 
     def forward(self,
         states: Tensor,  # (T, w) token states, one text after the other
         counts: Tensor,  # (C,) int64 tokens of each text; what comes out for a text without tokens means nothing
-    ) -> Tensor:  # (C, d)
-        "One vector for each text."
+    ) -> Tensor:  # (C, w)
+        "One vector for each text, of mean 0 and variance 1."
         if self.which == "mean":
             owner = torch.arange(len(counts), device=counts.device).repeat_interleave(counts)  # (T,)
             sums = states.new_zeros(len(counts), states.shape[1], dtype=torch.float32).index_add(0, owner, states.float())
@@ -183,4 +180,4 @@ class Pooling(nn.Module):
             ends = counts.cumsum(0)
             at = ends - counts if self.which == "first" else ends - 1
             pooled = states[at.clamp(0, len(states) - 1)].float()
-        return self.out(F.layer_norm(pooled, pooled.shape[-1:]))
+        return F.layer_norm(pooled, pooled.shape[-1:])

