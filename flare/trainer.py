@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['TrainConfig', 'learning_rate', 'Progress', 'Trainer', 'TrainResult', 'train']
 
-# %% ../nbs/11_trainer.ipynb #3cf9bb40
+# %% ../nbs/11_trainer.ipynb #ecae39f7
 import json
 import math
 import os
@@ -30,7 +30,7 @@ from .masking import Batch, TrainingBatches
 from .metrics import Ranks, evaluate, evaluating
 from .text import TokenStates
 
-# %% ../nbs/11_trainer.ipynb #6147369c
+# %% ../nbs/11_trainer.ipynb #b2f7eea5
 @dataclass(frozen=True)
 class TrainConfig:
     "How a model is trained: everything but its architecture. Raises ValueError on values that make no sense."
@@ -42,6 +42,7 @@ class TrainConfig:
     mask_probability: float = 0.2  # of hiding each item
     last_mask_share: float = 0.5  # share of sequences that hide their last item only
     learning_rate: float = 5e-4  # at its highest
+    reader_rate: float = 0.1  # share of it that the reader of texts learns with
     warmup: float = 0.05  # share of all steps in which the rate rises
     schedule: str = "cosine"  # after that: "cosine" or "linear" to zero over `epochs`, or "constant"
     weight_decay: float = 0.01  # AdamW's, on matrices only
@@ -66,7 +67,7 @@ class TrainConfig:
             if getattr(self, name) not in choices:
                 raise ValueError(f"TrainConfig.{name} is {getattr(self, name)!r}; choose one of {choices}")
 
-# %% ../nbs/11_trainer.ipynb #1657ed97
+# %% ../nbs/11_trainer.ipynb #57cff228
 def learning_rate(
     step: int,  # 0-based
     steps: int,  # of the whole training
@@ -78,7 +79,7 @@ def learning_rate(
     falling = {"cosine": 0.5 * (1 - math.cos(math.pi * left)), "linear": left, "constant": 1.0}[config.schedule]
     return config.learning_rate * ((step + 1) / rising if step < rising else falling)
 
-# %% ../nbs/11_trainer.ipynb #6606a35d
+# %% ../nbs/11_trainer.ipynb #74538449
 @dataclass
 class Progress:
     "Where a run is."
@@ -92,7 +93,7 @@ class Progress:
     eval_seconds: float = 0.0
     history: list[dict] = field(default_factory=list)  # one row an epoch: epoch, step, loss and validation metrics
 
-# %% ../nbs/11_trainer.ipynb #1ff15540
+# %% ../nbs/11_trainer.ipynb #f639fe5f
 class Trainer:
     "Trains any model that has `loss(batch)` and `score(batch, item_slice)`; `fit` runs or resumes it."
 
@@ -111,8 +112,11 @@ class Trainer:
                                        text)
         self.steps = config.epochs * len(self.batches)
         self.accelerator = Accelerator()
-        groups = [{"params": [p for p in model.parameters() if (p.ndim > 1) == is_matrix], "weight_decay": decay}
-                  for is_matrix, decay in ((True, config.weight_decay), (False, 0.0))]
+        groups = [{"params": params, "weight_decay": decay, "rate": rate}
+                  for is_matrix, decay in ((True, config.weight_decay), (False, 0.0))
+                  for is_reader, rate in ((False, 1.0), (True, config.reader_rate))
+                  if (params := [p for name, p in model.named_parameters()
+                                 if (p.ndim > 1) == is_matrix and name.startswith("reader.") == is_reader])]
         optimizer = torch.optim.AdamW(groups, lr=config.learning_rate, betas=(config.beta1, config.beta2),
                                       fused=True)
         self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
@@ -123,7 +127,7 @@ class Trainer:
         "A copy of the model's weights and buffers."
         return {name: value.detach().clone() for name, value in self.model.state_dict().items()}
 
-# %% ../nbs/11_trainer.ipynb #886c4a7f
+# %% ../nbs/11_trainer.ipynb #86c9d657
 @patch
 def step(self: Trainer,
     batch: Batch,
@@ -131,7 +135,7 @@ def step(self: Trainer,
     "One step of training on one batch. Raises FloatingPointError when the loss is not finite."
     config, at = self.config, self.at
     torch.manual_seed(int(np.random.SeedSequence([config.seed, at.step]).generate_state(1)[0]))
-    for group in self.optimizer.param_groups: group["lr"] = learning_rate(at.step, self.steps, config)
+    for group in self.optimizer.param_groups: group["lr"] = group["rate"] * learning_rate(at.step, self.steps, config)
     with torch.autocast(self.accelerator.device.type, torch.bfloat16, enabled=config.precision == "bf16"):
         losses = self.model.loss(batch.to(self.accelerator.device))
     loss = sum(total / count for total, count in losses.values())
@@ -145,7 +149,7 @@ def step(self: Trainer,
     at.step, at.loss_sum, at.loss_steps = at.step + 1, at.loss_sum + value, at.loss_steps + 1
     return value
 
-# %% ../nbs/11_trainer.ipynb #1a3fd818
+# %% ../nbs/11_trainer.ipynb #868b3866
 @patch
 def refresh(self: Trainer):
     "Make the model's context table exact, if it reads texts."
@@ -178,7 +182,7 @@ def finished(self: Trainer) -> bool:
     "Whether all epochs are done, or patience has run out."
     return self.at.epoch >= self.config.epochs or self.at.epoch - self.at.best_epoch >= self.config.patience
 
-# %% ../nbs/11_trainer.ipynb #6b764fa6
+# %% ../nbs/11_trainer.ipynb #66638e3e
 @patch
 def identity(self: Trainer) -> dict:
     "What must agree for a checkpoint to be this run's: configurations and the amount of data."
@@ -203,7 +207,7 @@ def save(self: Trainer):
     os.replace(part, whole)
     for path in older: shutil.rmtree(path)
 
-# %% ../nbs/11_trainer.ipynb #89c42759
+# %% ../nbs/11_trainer.ipynb #6365ea40
 @patch
 def restore(self: Trainer):
     "Go on from the newest checkpoint, if there is one. Raises ValueError if it belongs to another run or is damaged."
@@ -228,7 +232,7 @@ def restore(self: Trainer):
     self.model.load_state_dict(weights)
     self.at = Progress(**state["progress"])
 
-# %% ../nbs/11_trainer.ipynb #50bc3ff6
+# %% ../nbs/11_trainer.ipynb #d20a06b5
 @dataclass(frozen=True)
 class TrainResult:
     "What training came to; costs are those of the whole run, before and after a resumption."
@@ -272,7 +276,7 @@ def fit(self: Trainer) -> TrainResult:
     return TrainResult(pd.DataFrame(at.history), ranks, at.best_epoch, at.epoch, at.step, at.train_seconds,
                        at.eval_seconds, peak)
 
-# %% ../nbs/11_trainer.ipynb #bcded889
+# %% ../nbs/11_trainer.ipynb #67cc0ab6
 def train(
     model: nn.Module,  # trained in place; ends with the best weights
     split: Split,  # trains on `split.train`, selects on `split.validation`

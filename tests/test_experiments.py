@@ -23,6 +23,7 @@ from flare.metrics import Ranks
 from flare.records import (MODELS, SCHEMA, Record, code_digest, essence, parameters_of, read_record, record_key,
                            resolve, staleness, write_record)
 from shop import HOME, write_project, write_shop
+from tiny_encoder import write_encoder
 
 SMALL = {"hidden_size": 16, "heads": 2, "ffn_size": 32, "layers": 1, "batch_size": 8}
 EVERY = {name: default for model in MODELS for name, default in parameters_of(model).items()}
@@ -197,6 +198,28 @@ def test_bad_input_leaves_nothing(shop, tmp_path):
     with pytest.raises((ValueError, FileNotFoundError), match="nowhere"):
         run("tests", "lir", str(tmp_path / "nowhere"), root=tmp_path / "paper")
     assert not (tmp_path / "paper").exists()
+
+
+def test_flare_reads_the_texts_of_a_shop(shop, tmp_path, monkeypatch):
+    monkeypatch.setenv("FLARE_CACHE", str(tmp_path / "cache"))
+    parameters = SMALL | {"encoder": str(write_encoder(tmp_path / "encoder")), "latents": 2, "perceiver_size": 8, "perceiver_heads": 2, "epochs": 2}
+    record = run("tests", "flare", str(shop), parameters=parameters, root=tmp_path / "paper", progress=False)
+    assert record.config["encoder"] == parameters["encoder"] and record.config["alpha"] == parameters_of("flare")["alpha"]
+    assert {"flare.text", "flare.perceiver", "flare.models"} <= set(record.code) and list((tmp_path / "cache/text").glob("*/states.f16"))
+    assert run("tests", "flare", str(shop), parameters=parameters, root=tmp_path / "paper") == record
+
+
+def test_flare_without_texts_is_refused(shop, tmp_path):
+    table = (shop / "items.csv").read_text().splitlines()
+    (shop / "items.csv").write_text("\n".join([table[0], *(line.split(",")[0] + "," for line in table[1:])]))
+    with pytest.raises(ValueError, match="none of the 12 items has a text: train without modalities"):
+        run("tests", "flare", str(shop), root=tmp_path / "paper", progress=False)
+
+
+def test_only_flare_has_the_parameters_of_texts():
+    only = set(parameters_of("flare")) - set(parameters_of("bert4rec"))
+    assert {"encoder", "latents", "output_tie", "alpha", "reader_rate"} <= only and "text_width" not in only
+    assert not set(parameters_of("bert4rec")) - set(parameters_of("flare"))
 
 
 def test_two_at_once_run_it_once(shop, tmp_path, monkeypatch):

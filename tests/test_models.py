@@ -1,61 +1,155 @@
 "The model is the same whatever the layout, and never sees what it is asked for."
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 
 from flare.masking import cloze_mask, collate
 from flare.models import FlareConfig, FlareModel
+from flare.text import TokenStates
 
 SMALL = dict(n_items=60, max_len=30, hidden_size=32, heads=4, ffn_size=64, dropout=0.0, embedding_dropout=0.0)
+FLARE = SMALL | dict(modalities=("text",), text_width=12, latents=3, perceiver_size=16, perceiver_heads=2, perceiver_layers=1)
 
 
-def random_batch(seed, row_length, **changes):
+def random_text(seed=0, n_items=60):
+    "Token states of a catalogue; every fifth item has no text."
     rng = np.random.default_rng(seed)
-    lengths = rng.integers(1, 30, 40)
+    counts = np.where(np.arange(n_items) % 5 == 4, 0, rng.integers(1, 12, n_items))
+    return TokenStates(rng.standard_normal((counts.sum(), 12)).astype(np.float16), np.cumsum(counts) - counts, counts)
+
+
+def random_batch(seed, row_length, text=None, other_targets=False, sequences=40):
+    rng = np.random.default_rng(seed)
+    lengths = rng.integers(1, 30, sequences)
     items, hidden = rng.integers(0, 60, lengths.sum()), cloze_mask(lengths, 0.3, rng.random(len(lengths)) < 0.3, rng)
-    if changes.get("other_targets"): items = np.where(hidden, (items + 7) % 60, items)
-    return collate(items, lengths, hidden, 60, row_length)
+    if other_targets: items = np.where(hidden, (items + 7) % 60, items)
+    return collate(items, lengths, hidden, 60, row_length, text=text)
+
+
+def make(seed=0, **fields):
+    "A model; one that reads texts has an exact context table."
+    torch.manual_seed(seed)
+    model = FlareModel(FlareConfig(**fields)).eval()
+    if model.config.modalities: model.refresh(random_text().chunks())
+    return model
 
 
 def loss_and_gradients(model, batch):
     model.zero_grad()
-    total, count = model.loss(batch)["mlm"]
-    (total / count).backward()
-    return (total / count).detach(), [p.grad.clone() for p in model.parameters()]
+    loss = sum(total / count for total, count in model.loss(batch).values())
+    loss.backward()
+    return loss.detach(), {name: torch.zeros_like(p) if p.grad is None else p.grad.clone() for name, p in model.named_parameters()}
 
 
-@pytest.mark.parametrize("norm", ["post", "pre"])
-@pytest.mark.parametrize("seed", range(4))
-def test_packed_equals_padded(norm, seed):
-    torch.manual_seed(seed)
-    model = FlareModel(FlareConfig(**SMALL, norm=norm))
-    packed, packed_gradients = loss_and_gradients(model, random_batch(seed, 64))
-    padded, padded_gradients = loss_and_gradients(model, random_batch(seed, None))
+@pytest.mark.parametrize("fields", [SMALL | {"norm": "post"}, SMALL, FLARE, FLARE | {"output_tie": "id"}, FLARE | {"reader": "mean"}],
+                         ids=["post-norm", "pre-norm", "flare", "tied to ids", "mean"])
+@pytest.mark.parametrize("seed", range(3))
+def test_packed_equals_padded(fields, seed):
+    model, text = make(seed, **fields).train(), random_text() if "modalities" in fields else None
+    packed, packed_gradients = loss_and_gradients(model, random_batch(seed, 64, text))
+    padded, padded_gradients = loss_and_gradients(model, random_batch(seed, None, text))
     torch.testing.assert_close(packed, padded, rtol=0, atol=1e-5)
-    for a, b in zip(packed_gradients, padded_gradients): torch.testing.assert_close(a, b, rtol=0, atol=1e-5)
+    for name, gradient in packed_gradients.items(): torch.testing.assert_close(gradient, padded_gradients[name], rtol=0, atol=1e-5)
 
 
 def test_packed_equals_padded_when_scoring():
-    torch.manual_seed(0)
-    model = FlareModel(FlareConfig(**SMALL)).eval()
+    model = make(**SMALL)
     with torch.inference_mode():
         torch.testing.assert_close(model.score(random_batch(0, 64)), model.score(random_batch(0, None)), rtol=0, atol=1e-5)
 
 
-def test_hidden_items_have_no_path_to_their_scores():
-    torch.manual_seed(0)
-    model = FlareModel(FlareConfig(**SMALL)).eval()
+@pytest.mark.parametrize("fields", [SMALL, FLARE, FLARE | {"output_tie": "none"}], ids=["ids", "flare", "untied"])
+def test_hidden_items_have_no_path_to_their_scores(fields):
+    model = make(**fields)
     assert torch.equal(model.score(random_batch(3, 64)), model.score(random_batch(3, 64, other_targets=True)))
 
 
+def test_the_text_of_hidden_items_is_not_looked_at():
+    "A training batch has the tokens of its targets, for the contrast; other tokens in their place change no state at a mask."
+    model, batch = make(**FLARE), random_batch(3, 64, random_text(), sequences=4)
+    seen = set(batch.items.flatten().tolist())
+    owner = torch.arange(len(batch.counts)).repeat_interleave(batch.counts)
+    only_hidden = torch.tensor([int(item) not in seen for item in batch.contexts[:, 0]])[owner]
+    assert only_hidden.any()
+    others = replace(batch, states=torch.where(only_hidden[:, None], torch.randn_like(batch.states), batch.states))
+    states = [model.encode(b, model.ids(), model.contexts(b)) for b in (batch, others)]
+    assert torch.equal(*states)
+    everything = replace(batch, states=torch.randn_like(batch.states))
+    assert not torch.equal(states[0], model.encode(everything, model.ids(), model.contexts(everything)))
+
+
+def test_the_table_scores_as_the_tokens_do():
+    model = make(**FLARE)
+    torch.testing.assert_close(model.score(random_batch(1, 64, random_text())), model.score(random_batch(1, 64)), rtol=0, atol=1e-5)
+
+
+def test_logits_are_those_of_id_plus_context():
+    model, batch = make(**FLARE), random_batch(1, 64)
+    h = model.encode(batch, model.ids(), model.contexts(batch))
+    table = model.item_embedding.weight + model.project(model.context_table.rows)  # W = e + c
+    torch.testing.assert_close(model.score(batch), h @ table.T + model.output_bias, rtol=0, atol=1e-5)
+
+
+def test_training_keeps_the_rows_of_a_batch_fresh():
+    model, text = make(**FLARE).train(), random_text()
+    batch = random_batch(2, 64, text, sequences=4)
+    with torch.no_grad():
+        for p in model.reader.parameters(): p.add_(0.05 * torch.randn_like(p))  # as a step of training would
+    old = model.context_table.rows.clone()
+    model.loss(batch)
+    now = model.context_table.rows.clone()
+    model.eval().refresh(text.chunks())
+    exact, here = model.context_table.rows, torch.zeros(60, dtype=bool)
+    here[batch.contexts[:-1, 0]] = True  # the last context is the mask's
+    assert 10 < here.sum() < 50 and not torch.allclose(exact, old, atol=1e-3)
+    torch.testing.assert_close(now[here], exact[here])
+    assert torch.equal(now[~here], old[~here])
+
+
+def test_items_without_text_share_a_context():
+    model = make(**FLARE)
+    rows = model.context_table.rows
+    assert torch.equal(rows[4::5], model.no_text.expand(12, -1)) and not torch.equal(rows[0], rows[1])
+
+
+def test_dropped_ids_are_left_out_at_input_and_output():
+    model = make(**FLARE | {"id_dropout": 0.5}).train()
+    torch.manual_seed(1)
+    e = model.ids()
+    gone = (e == 0).all(1)
+    assert 15 < gone.sum() < 45 and torch.equal(e[~gone], model.item_embedding.weight[~gone])
+    assert torch.equal(model.eval().ids(), model.item_embedding.weight)
+
+
+@pytest.mark.parametrize("tie, learns", [("id", {"item_embedding"}), ("item", {"item_embedding", "project"}), ("none", {"output_embedding"})])
+def test_what_the_output_table_is_made_of(tie, learns):
+    model, batch = make(**FLARE | {"output_tie": tie}), random_batch(0, 64)
+    h = torch.randn(len(batch.masked), 32)
+    logits = sum(h @ table.T for h, table in model.logits(h, model.ids()))
+    model.zero_grad()
+    logits.square().sum().backward()
+    assert {name.split(".")[0] for name, p in model.named_parameters() if p.grad is not None and p.grad.abs().sum() > 0} == learns
+
+
+def test_bad_configurations():
+    for fields, message in (({"modalities": ("image",)}, "choose among"), ({"reader": "max"}, "choose one of"), ({"output_tie": "c"}, "choose one of"),
+                            ({"alfa": 1}, "has no field alfa")):
+        with pytest.raises(ValueError, match=message): FlareConfig(**fields)
+    with pytest.raises(ValueError, match="perceiver_size=10 is not a multiple"): make(**FLARE | {"perceiver_size": 10, "perceiver_heads": 4})
+
+
 def test_a_slice_scores_as_the_whole():
-    torch.manual_seed(0)
-    model, batch = FlareModel(FlareConfig(**SMALL)).eval(), random_batch(1, 64)
-    torch.testing.assert_close(model.score(batch, slice(10, 30)), model.score(batch)[:, 10:30])
+    for fields in (SMALL, FLARE):
+        model, batch = make(**fields), random_batch(1, 64)
+        torch.testing.assert_close(model.score(batch, slice(10, 30)), model.score(batch)[:, 10:30])
 
 
 def test_what_is_saved_is_what_is_loaded(tmp_path):
-    model = FlareModel(FlareConfig(**SMALL)).eval()
-    model.save_pretrained(tmp_path)
-    assert not list(tmp_path.glob("*.bin")) and list(tmp_path.glob("*.safetensors"))
-    assert torch.equal(model.score(random_batch(0, 64)), FlareModel.from_pretrained(tmp_path).eval().score(random_batch(0, 64)))
+    for name, fields in {"ids": SMALL, "flare": FLARE}.items():
+        model = make(**fields)
+        model.save_pretrained(tmp_path / name)
+        assert not list((tmp_path / name).glob("*.bin")) and list((tmp_path / name).glob("*.safetensors"))
+        again = FlareModel.from_pretrained(tmp_path / name).eval()  # with its context table: no text is needed
+        assert torch.equal(model.score(random_batch(0, 64)), again.score(random_batch(0, 64)))

@@ -11,32 +11,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers, processors
-from transformers import BertConfig, BertModel, MT5Config, MT5ForConditionalGeneration, PreTrainedTokenizerFast
 
 from flare import text
 from flare.text import Encoder, TextConfig, TokenStates, encoder_folder, token_states
-
-WORDS = ["steel", "ruler", "graph", "paper", "pencil", "30", "cm", "box"]
-
-
-def write_encoder(folder: Path, kind: str = "bert", seed: int = 0) -> Path:
-    "A tiny encoder with random weights and a tokenizer of eight words."
-    names = ["<pad>", "<unk>", "<s>", "</s>", *WORDS]
-    tokenizer = Tokenizer(models.WordLevel({name: i for i, name in enumerate(names)}, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A </s>", special_tokens=[("<s>", 2), ("</s>", 3)])
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", unk_token="<unk>", bos_token="<s>",
-                                   eos_token="</s>", model_max_length=64)
-    torch.manual_seed(seed)
-    if kind == "bert":
-        model = BertModel(BertConfig(vocab_size=len(names), hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32))
-    else:
-        model = MT5ForConditionalGeneration(MT5Config(vocab_size=len(names), d_model=16, d_kv=8, d_ff=32, num_layers=1, num_heads=2))
-    model.save_pretrained(folder)
-    fast.save_pretrained(folder)
-    return folder
-
+from tiny_encoder import WORDS, write_encoder
 
 def some_texts(n: int, seed: int = 0) -> list[str]:
     "Texts of one to twelve words, a tenth of them empty."
@@ -46,7 +24,7 @@ def some_texts(n: int, seed: int = 0) -> list[str]:
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory):
-    return TextConfig(encoder=str(write_encoder(tmp_path_factory.mktemp("tiny"))), precision="fp32")
+    return TextConfig(encoder=str(write_encoder(tmp_path_factory.mktemp("tiny"))), encoder_precision="fp32")
 
 
 @pytest.fixture
@@ -105,9 +83,9 @@ def test_reused_without_encoding(store, monkeypatch):
 
 def test_address_is_encoder_template_and_text(tiny, tmp_path):
     ask = partial(token_states, folder=tmp_path / "text", progress=False)
-    other = TextConfig(encoder=str(write_encoder(tmp_path / "other", seed=1)), precision="fp32")
-    ask(["paper"], tiny), ask(["pencil"], tiny), ask(["paper"], other), ask(["paper"], TextConfig(tiny.encoder, "{title}", precision="fp32"))
-    ask(["paper"], TextConfig(tiny.encoder, max_tokens=3, precision="fp32")), ask(["paper"], tiny)
+    other = TextConfig(encoder=str(write_encoder(tmp_path / "other", seed=1)), encoder_precision="fp32")
+    ask(["paper"], tiny), ask(["pencil"], tiny), ask(["paper"], other), ask(["paper"], TextConfig(tiny.encoder, "{title}", encoder_precision="fp32"))
+    ask(["paper"], TextConfig(tiny.encoder, max_tokens=3, encoder_precision="fp32")), ask(["paper"], tiny)
     assert len(list((tmp_path / "text").glob("*/store.json"))) == 5
 
 
@@ -119,7 +97,7 @@ if len(sys.argv) > 4:  # slowly, so that it can be killed in between
     states = text.Encoder.states
     text.Encoder.states = lambda self, tokens: (time.sleep(0.3), states(self, tokens))[1]
 texts = open(sys.argv[1]).read().split("\\n")
-text.token_states(texts, text.TextConfig(sys.argv[2], precision="fp32"), sys.argv[3], progress=False)
+text.token_states(texts, text.TextConfig(sys.argv[2], encoder_precision="fp32"), sys.argv[3], progress=False)
 """
 
 
@@ -181,7 +159,7 @@ def rewrite(path: Path, **changes):
 
 
 def test_mt5_through_its_encoder(tmp_path):
-    encoder = Encoder(TextConfig(str(write_encoder(tmp_path / "mt5", "mt5")), precision="fp32"))
+    encoder = Encoder(TextConfig(str(write_encoder(tmp_path / "mt5", "mt5")), encoder_precision="fp32"))
     assert type(encoder.model).__name__ == "MT5EncoderModel" and encoder.width == 16
     tokens = encoder.tokens(["steel ruler 30 cm", "paper"])
     states = encoder.states(tokens)
@@ -203,7 +181,7 @@ def test_bad_input(store, tmp_path, monkeypatch):
     (tmp_path / "empty/config.json").write_text("{}")
     with pytest.raises(ValueError, match="does not hold a text encoder that can be read"): Encoder(TextConfig(str(tmp_path / "empty")))
     with pytest.raises(ValueError, match="max_tokens is 2"): TextConfig(max_tokens=2)
-    with pytest.raises(ValueError, match="precision is 'fp8'"): TextConfig(precision="fp8")
+    with pytest.raises(ValueError, match="encoder_precision is .fp8."): TextConfig(encoder_precision="fp8")
 
 
 def test_mpnet_names_the_missing_package(monkeypatch, tmp_path):
