@@ -236,9 +236,12 @@ def test_two_at_once_run_it_once(shop, tmp_path, monkeypatch):
     assert len(built) == 1 and records[0] == records[1]
 
 
-def test_a_killed_run_goes_on_and_ends_the_same(shop, tmp_path):
-    parameters = SMALL | {"epochs": 60, "patience": 60}
-    given = dict(experiment="tests", model="bert4rec", dataset=str(shop), parameters=parameters, progress=False)
+@pytest.mark.parametrize("model", ["bert4rec", "flare"])
+def test_a_killed_run_goes_on_and_ends_the_same(model, shop, tmp_path, monkeypatch):
+    monkeypatch.setenv("FLARE_CACHE", str(tmp_path / "cache"))
+    parameters = SMALL | {"epochs": 60, "patience": 60, "encoder": str(write_encoder(tmp_path / "encoder")), "latents": 2,
+                          "perceiver_size": 8, "perceiver_heads": 2, "refresh_every": 5}
+    given = dict(experiment="tests", model=model, dataset=str(shop), parameters=parameters, progress=False)
     script = (f"import sys, torch; torch.set_num_threads({torch.get_num_threads()})\n"
               f"from flare.experiments import run; run(root=sys.argv[1], **{given})")
     killed, whole = tmp_path / "killed", tmp_path / "whole"
