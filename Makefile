@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 .PHONY: setup quickstart test readme clean
 
 quickstart: setup  ## train on DATASET and print its table (others need FLARE_DATA, e.g. DATASET=recformer/Scientific)
-	$(BIN)/flare grid benchmark.yml --only dataset=$(DATASET) seed=0 --set experiment=quickstart --workers 2
+	$(BIN)/flare grid benchmark.yml --only dataset=$(DATASET) seed=0 --set experiment=quickstart
 	$(BIN)/flare table $(DATASET) --experiment quickstart
 
 test: setup  ## every component notebook, the sync and clean gates, tests/

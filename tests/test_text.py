@@ -65,11 +65,6 @@ def test_chunks_are_the_whole_catalogue_once(store):
     assert torch.equal(tokens, whole) and torch.equal(counts, expected)
 
 
-def test_states_are_normalised(store):
-    states, _ = store(some_texts(20)).gather(np.arange(20))
-    assert states.float().mean(1).abs().max() < 1e-2 and (states.float().std(1, correction=0) - 1).abs().max() < 1e-2
-
-
 def test_equal_texts_are_stored_once(store):
     states = store(["paper", "paper", " paper "])
     assert len(states.states) == 3 and states.starts.tolist() == [0, 0, 0]
@@ -174,7 +169,8 @@ def test_mt5_through_its_encoder(tmp_path):
     assert type(encoder.model).__name__ == "MT5EncoderModel" and encoder.width == 16
     tokens = encoder.tokens(["steel ruler 30 cm", "paper"])
     states = encoder.states(tokens)
-    assert states.shape == (sum(map(len, tokens)), 16) and states.isfinite().all()
+    assert states.shape == (sum(map(len, tokens)), 16)
+    assert states.float().mean(1).abs().max() < 1e-2 and (states.float().std(1, correction=0) - 1).abs().max() < 1e-2
     assert torch.allclose(states[-3:].float(), encoder.states(tokens[1:]).float(), atol=2e-2)
 
 
