@@ -6,7 +6,7 @@
 __all__ = ['COLUMNS', 'assignments', 'text_table', 'run_command', 'grid_command', 'report', 'table_command', 'Parser',
            'make_parser', 'main']
 
-# %% ../nbs/19_cli.ipynb #7af34074
+# %% ../nbs/19_cli.ipynb #b5e0a72e
 import argparse
 import sys
 from pathlib import Path
@@ -17,7 +17,7 @@ from .experiments import best_settings, over_seeds, read_records
 from .grid import Grid, read_yaml, run_grid
 from .records import TRAINING_FREE, project_folder
 
-# %% ../nbs/19_cli.ipynb #fbbdf953
+# %% ../nbs/19_cli.ipynb #ed8ddfd3
 def assignments(
     texts: list[str],  # each key=value
 ) -> dict:  # key → value
@@ -30,7 +30,7 @@ def assignments(
         values[name] = read_yaml(value, text)
     return values
 
-# %% ../nbs/19_cli.ipynb #a0f1f26a
+# %% ../nbs/19_cli.ipynb #15c5189f
 COLUMNS = {"R@1": "test.recall@1", "R@10": "test.recall@10", "nDCG@10": "test.ndcg@10", "MRR": "test.mrr",
            "R@10 pess.": "test.recall@10_pessimistic", "nDCG@10 pess.": "test.ndcg@10_pessimistic",
            "MRR pess.": "test.mrr_pessimistic"}
@@ -57,7 +57,7 @@ def text_table(
             f"{about['interactions']:,.0f} interactions, {about['text_coverage']:.1%} of them with text")
     return f"{head}\n{shown.to_string(index=False)}"
 
-# %% ../nbs/19_cli.ipynb #e93450d0
+# %% ../nbs/19_cli.ipynb #1cf5a3ab
 def run_command(arguments: argparse.Namespace) -> int:  # exit code
     "flare run NAME --set key=value …"
     return report(run_grid(Grid(arguments.name, {}, [{}]), stale=True, override=assignments(arguments.set)))
@@ -97,7 +97,7 @@ def table_command(arguments: argparse.Namespace) -> int:  # exit code
     print(text_table(found))
     return 0
 
-# %% ../nbs/19_cli.ipynb #68e5350c
+# %% ../nbs/19_cli.ipynb #7093f850
 class Parser(argparse.ArgumentParser):
     "An argument parser whose errors are one line."
 

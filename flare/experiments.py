@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['MAX_LEN', 'build', 'claim', 'run', 'read_records', 'read_ranks', 'fingerprint_now', 'over_seeds', 'best_settings']
 
-# %% ../nbs/15_experiments.ipynb #fbf8b783
+# %% ../nbs/15_experiments.ipynb #d081ffa1
 import json
 import shutil
 import time
@@ -24,7 +24,7 @@ from .records import (SPLITS, TRAINING_FREE, Record, code_digest, configs, envir
 from .text import item_texts, token_states
 from .trainer import train
 
-# %% ../nbs/15_experiments.ipynb #a57ff55a
+# %% ../nbs/15_experiments.ipynb #17c2f854
 MAX_LEN = 50  # most recent items that a training-free model is shown
 
 
@@ -108,7 +108,7 @@ def run(
         shutil.rmtree(folder, ignore_errors=True)
     return record
 
-# %% ../nbs/15_experiments.ipynb #a0d8bf3a
+# %% ../nbs/15_experiments.ipynb #beb77729
 def read_records(
     experiment: str,  # name of the folder of records
     root: str | Path | None = None,  # folder that holds records/; None: paper/ of the project
@@ -153,7 +153,7 @@ def fingerprint_now(
     except (FileNotFoundError, ValueError):
         return None
 
-# %% ../nbs/15_experiments.ipynb #aa2a7746
+# %% ../nbs/15_experiments.ipynb #d4cd585b
 def over_seeds(
     records: pd.DataFrame,  # from `read_records`
 ) -> pd.DataFrame:  # one row a kind of run: means, "<column>.std", `seeds`, `stale` (any of them)

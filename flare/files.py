@@ -6,7 +6,7 @@
 __all__ = ['ENTITY', 'reading', 'unique_keys', 'read_json', 'parse_text', 'read_table', 'refuse', 'require', 'clean',
            'write_text']
 
-# %% ../nbs/02_files.ipynb #f420196c
+# %% ../nbs/02_files.ipynb #5623d17c
 import csv
 import gzip
 import json
@@ -26,7 +26,7 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.csv as pa_csv
 
-# %% ../nbs/02_files.ipynb #6d35b835
+# %% ../nbs/02_files.ipynb #2e8bc643
 @contextmanager
 def reading(
     path: Path,  # the file that is being read
@@ -50,7 +50,7 @@ def reading(
     except (EOFError, zlib.error, gzip.BadGzipFile) as e:
         raise ValueError(f"{path}: {e}; {again}") from None
 
-# %% ../nbs/02_files.ipynb #a3d6920a
+# %% ../nbs/02_files.ipynb #e694f553
 def unique_keys(
     path: Path,  # the file that is being read
     pairs: list[tuple[str, object]],  # of one JSON object
@@ -73,7 +73,7 @@ def read_json(
         raise ValueError(f"{path} must hold a JSON object with entries, not {type(found).__name__}: fetch it again")
     return found
 
-# %% ../nbs/02_files.ipynb #e1f5fd83
+# %% ../nbs/02_files.ipynb #821efc6e
 def parse_text(
     data: bytes,  # the whole file
     separator: str,  # between fields
@@ -92,7 +92,7 @@ def parse_text(
     convert = pa_csv.ConvertOptions(column_types=dict.fromkeys(header, pa.string()), strings_can_be_null=False)
     return pa_csv.read_csv(pa.BufferReader(data), read, parse, convert).to_pandas()
 
-# %% ../nbs/02_files.ipynb #46fc589f
+# %% ../nbs/02_files.ipynb #a3950ebf
 def read_table(
     path: Path,  # .parquet, .csv, or tab separated with any other ending; .gz is understood
     names: list[str] | None = None,  # columns of a file without header
@@ -108,7 +108,7 @@ def read_table(
     if table.empty: raise ValueError(f"{path} has no rows: there is nothing to read")
     return table.set_axis(pd.RangeIndex(first, first + len(table)))
 
-# %% ../nbs/02_files.ipynb #7973d78c
+# %% ../nbs/02_files.ipynb #a6faceb1
 def refuse(
     path: Path,  # the file
     column: pd.Series,  # the values in question; the index is the row number, or has a name such as "user"
@@ -131,7 +131,7 @@ def require(
     missing = [name for name in columns if name not in table.columns]
     if missing: raise ValueError(f"{path} lacks the columns {missing}; it has {list(table.columns)}: name them so")
 
-# %% ../nbs/02_files.ipynb #b793f827
+# %% ../nbs/02_files.ipynb #9fcb2bf6
 ENTITY = re.compile(r"&(?:#\d+|#[xX][0-9a-fA-F]+|[A-Za-z]\w*);")
 
 def clean(
@@ -141,7 +141,7 @@ def clean(
     words = ENTITY.sub(lambda entity: unescape(entity[0]), text).split()
     return " ".join(words).encode("utf-8", "replace").decode()  # half an emoji becomes a question mark
 
-# %% ../nbs/02_files.ipynb #32ea420b
+# %% ../nbs/02_files.ipynb #f3d65f60
 def write_text(
     path: Path,  # its folder exists
     text: str,

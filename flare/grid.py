@@ -6,7 +6,7 @@
 __all__ = ['WHICH', 'PlainLoader', 'read_yaml', 'Grid', 'declared_parameters', 'Point', 'make_points', 'state', 'execute',
            'failure', 'run_grid', 'run_points']
 
-# %% ../nbs/16_grid.ipynb #ca04c1b7
+# %% ../nbs/16_grid.ipynb #9b062fd1
 import ast
 import itertools
 import json
@@ -28,7 +28,7 @@ from .data import READERS, load_dataset
 from .files import write_text
 from .records import (SPLITS, project_folder, read_record, record_key, record_path, resolve, staleness, typed)
 
-# %% ../nbs/16_grid.ipynb #9ed54209
+# %% ../nbs/16_grid.ipynb #ae2cd928
 class PlainLoader(yaml.SafeLoader):
     "YAML without objects, in which 1e-3 is a number."
 
@@ -49,7 +49,7 @@ def read_yaml(
         where = f", line {mark.line + 1}" if mark else ""
         raise ValueError(f"{source}{where}: not YAML: {getattr(error, 'problem', None) or error}") from error
 
-# %% ../nbs/16_grid.ipynb #f4577294
+# %% ../nbs/16_grid.ipynb #418b33c2
 @dataclass(frozen=True)
 class Grid:
     "The points at which a notebook is to be run."
@@ -93,7 +93,7 @@ class Grid:
         kept = [point | (override or {}) for point in kept]
         return list({json.dumps(point, sort_keys=True, default=str): point for point in kept}.values())
 
-# %% ../nbs/16_grid.ipynb #7f4a8d41
+# %% ../nbs/16_grid.ipynb #0b392d6f
 def declared_parameters(
     notebook: str | Path,  # an experiment
 ) -> dict:  # name → default
@@ -119,7 +119,7 @@ def declared_parameters(
                              f"name = plain value: {ast.unparse(statement)}") from error
     return declared
 
-# %% ../nbs/16_grid.ipynb #4323b4ea
+# %% ../nbs/16_grid.ipynb #a3b99939
 WHICH = ("experiment", "model", "dataset", "seed", "split")
 
 
@@ -171,7 +171,7 @@ def state(
     why = staleness(read_record(path), point.fingerprint)
     return ("stale", why) if why else ("fresh", "")
 
-# %% ../nbs/16_grid.ipynb #136ab046
+# %% ../nbs/16_grid.ipynb #6f1dfe06
 def execute(
     point: Point,
     project: Path,  # the notebook's working folder
@@ -211,7 +211,7 @@ def failure(
             return " ".join(f"{output['ename']}: {output['evalue']}".split()), traceback
     return None
 
-# %% ../nbs/16_grid.ipynb #87c0edbc
+# %% ../nbs/16_grid.ipynb #b6f15e15
 def run_grid(
     grid: Grid,
     workers: int = 1,  # notebooks at the same time

@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['masked_item_loss', 'contrastive_loss']
 
-# %% ../nbs/08_losses.ipynb #66a19cd2
+# %% ../nbs/08_losses.ipynb #509f08d1
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# %% ../nbs/08_losses.ipynb #63cd4cb0
+# %% ../nbs/08_losses.ipynb #bffa069b
 def masked_item_loss(
     pairs: list[tuple[Tensor, Tensor]],  # states at the masked positions (M, d) and table (V, d), whose products add up
     targets: Tensor,  # (M,) int64 the hidden items, each in 0..V-1
@@ -25,7 +25,7 @@ def masked_item_loss(
     for hidden, table in pairs[1:]: logits = torch.addmm(logits, hidden, table.T)
     return F.cross_entropy(logits.float(), targets, reduction="sum"), len(targets)
 
-# %% ../nbs/08_losses.ipynb #ea8e6bb5
+# %% ../nbs/08_losses.ipynb #930f71bf
 def contrastive_loss(
     ids: Tensor,  # (B, d) id vectors of distinct items
     contexts: Tensor,  # (B, d) text vectors of the same items

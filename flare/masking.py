@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['cloze_mask', 'pack', 'Batch', 'collate', 'windows', 'TrainingBatches', 'evaluation_batches']
 
-# %% ../nbs/06_masking.ipynb #d3d038c4
+# %% ../nbs/06_masking.ipynb #29c4f466
 from dataclasses import dataclass, fields
 from typing import Iterator
 
@@ -16,7 +16,7 @@ from torch import Tensor
 from .sequences import Sequences
 from .text import TokenStates
 
-# %% ../nbs/06_masking.ipynb #d50b195d
+# %% ../nbs/06_masking.ipynb #083e4449
 def cloze_mask(
     lengths: np.ndarray,  # (sequences,) number of items of each, at least 1
     probability: float,  # of hiding each item
@@ -33,7 +33,7 @@ def cloze_mask(
     hidden[drawn[empty]] = True
     return hidden
 
-# %% ../nbs/06_masking.ipynb #f1432c6a
+# %% ../nbs/06_masking.ipynb #0e25403c
 def pack(
     lengths: np.ndarray,  # (sequences,) number of tokens of each, at least 1
     row_length: int | None,  # most tokens in a row; None puts every sequence in a row of its own (padding)
@@ -61,7 +61,7 @@ def pack(
         placed += len(given)
     return row, column, len(fill), int(fill.max())
 
-# %% ../nbs/06_masking.ipynb #eaaddc3a
+# %% ../nbs/06_masking.ipynb #15e5048c
 @dataclass
 class Batch:
     "Packed sequences as tensors: R rows of W cells, S sequences, M masks, C distinct contexts."
@@ -87,7 +87,7 @@ class Batch:
         "Share of cells that hold an item or a mask."
         return float((self.segment >= 0).float().mean())
 
-# %% ../nbs/06_masking.ipynb #e7ffb92c
+# %% ../nbs/06_masking.ipynb #24805447
 def collate(
     items: np.ndarray,  # (events,) items of all sequences, one after the other
     lengths: np.ndarray,  # (sequences,) how many belong to each
@@ -123,7 +123,7 @@ def collate(
                  contexts=torch.from_numpy(pairs), context_index=grid(context[: len(items)], 0), n_sequences=len(lengths),
                  states=states, counts=counts)
 
-# %% ../nbs/06_masking.ipynb #77480206
+# %% ../nbs/06_masking.ipynb #8cb52955
 def windows(
     sequences: Sequences,  # any lengths
     size: int,  # most events in a window
@@ -140,7 +140,7 @@ def windows(
     event = np.arange(offsets[-1]) + np.repeat(start - offsets[:-1], taken)
     return Sequences(sequences.items[event], offsets)
 
-# %% ../nbs/06_masking.ipynb #9d0b96da
+# %% ../nbs/06_masking.ipynb #38a37f3f
 class TrainingBatches:
     "Masked, packed batches of training sequences; each a function of (seed, epoch, step) alone."
 
@@ -181,7 +181,7 @@ class TrainingBatches:
         order = self.order(epoch)
         return (self.batch(epoch, step, order) for step in range(first, len(self)))
 
-# %% ../nbs/06_masking.ipynb #d3d6d500
+# %% ../nbs/06_masking.ipynb #92b6f5f1
 def evaluation_batches(
     history: Sequences,  # what is known of each user
     targets: np.ndarray,  # (users,) the item to be found; -1 where nobody knows

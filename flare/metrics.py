@@ -6,7 +6,7 @@
 __all__ = ['METRICS', 'target_ranks', 'recall_at', 'ndcg_at', 'reciprocal_rank', 'gain', 'Ranks', 'evaluating', 'device_of',
            'evaluate', 'Comparison', 'paired_bootstrap', 'popularity_deciles', 'by_popularity']
 
-# %% ../nbs/10_metrics.ipynb #05c26c32
+# %% ../nbs/10_metrics.ipynb #6f181dd7
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from .data import Holdout
 from .masking import evaluation_batches
 
-# %% ../nbs/10_metrics.ipynb #0acbc03b
+# %% ../nbs/10_metrics.ipynb #f453ed43
 def target_ranks(
     scores: Tensor,  # (users, items) higher is better, finite
     targets: Tensor,  # (users,) int64, the item to be found, 0..items-1
@@ -47,7 +47,7 @@ def target_ranks(
     own = scores.gather(1, targets[:, None])  # (U, 1)
     return 1 + (scores > own).sum(1), (scores >= own).sum(1)
 
-# %% ../nbs/10_metrics.ipynb #7fff11ed
+# %% ../nbs/10_metrics.ipynb #b5801001
 def recall_at(
     rank: np.ndarray,  # (users,) from 1
     k: int,  # length of the list
@@ -68,7 +68,7 @@ def reciprocal_rank(
     "1/rank, not cut off."
     return 1.0 / rank
 
-# %% ../nbs/10_metrics.ipynb #5cc4cdc3
+# %% ../nbs/10_metrics.ipynb #676bcc6d
 METRICS = ("recall@1", "recall@5", "recall@10", "ndcg@10", "mrr")
 
 def gain(
@@ -83,7 +83,7 @@ def gain(
         return (recall_at if name == "recall" else ndcg_at)(rank, int(k))
     raise ValueError(f"there is no metric {metric!r}; use mrr, recall@k or ndcg@k, like {', '.join(METRICS)}")
 
-# %% ../nbs/10_metrics.ipynb #384253d7
+# %% ../nbs/10_metrics.ipynb #ccaf16f5
 @dataclass(frozen=True, eq=False)
 class Ranks:
     "Where the targets were ranked, user by user. Raises ValueError on ranks that cannot be."
@@ -161,7 +161,7 @@ class Ranks:
         return (table.to_html(float_format="{:.4f}".format)
                 + f"<p>{len(self):,} users, {self.tied:.1%} of the targets tied</p>")
 
-# %% ../nbs/10_metrics.ipynb #2fb15e9d
+# %% ../nbs/10_metrics.ipynb #1b4bb66a
 @contextmanager
 def evaluating(
     model: object,  # a torch module, or anything else, which is left alone
@@ -207,7 +207,7 @@ def evaluate(
     rank, pessimistic = torch.cat(found, 1).numpy()
     return Ranks(holdout.users, rank, pessimistic)
 
-# %% ../nbs/10_metrics.ipynb #7b41fac7
+# %% ../nbs/10_metrics.ipynb #946ee037
 @dataclass(frozen=True)
 class Comparison:
     "A paired comparison of two models on the same users."
@@ -249,7 +249,7 @@ def paired_bootstrap(
     return Comparison(metric + "_pessimistic" * pessimistic, n, float(first.mean()), float(second.mean()),
                       float(d.mean()), float(low), float(high), float((1 + far.sum()) / (1 + samples)))
 
-# %% ../nbs/10_metrics.ipynb #06050f7d
+# %% ../nbs/10_metrics.ipynb #2356f335
 def popularity_deciles(
     counts: np.ndarray,  # (items,) how often each item occurs in training
 ) -> np.ndarray:  # (items,) 1 (rarest) to 10 (most popular), int64

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['FlareConfig', 'Projection', 'ContextTable', 'reader_of', 'FlareModel']
 
-# %% ../nbs/09_models.ipynb #011e2212
+# %% ../nbs/09_models.ipynb #6e46c345
 import math
 from collections.abc import Iterable
 
@@ -18,7 +18,7 @@ from .losses import contrastive_loss, masked_item_loss
 from .masking import Batch
 from .perceiver import Perceiver, Pooling
 
-# %% ../nbs/09_models.ipynb #719430dd
+# %% ../nbs/09_models.ipynb #aa9bed42
 class FlareConfig(PreTrainedConfig):
     "Architecture of `FlareModel`. Raises ValueError on an unknown field or on values that do not fit together."
     model_type = "flare"
@@ -76,7 +76,7 @@ class FlareConfig(PreTrainedConfig):
         "Those of them that a model without modalities does not use."
         return cls.own_fields()[cls.own_fields().index("text_width") :]
 
-# %% ../nbs/09_models.ipynb #b31e6f02
+# %% ../nbs/09_models.ipynb #2abfd6e6
 class Projection(nn.Linear):
     "From what was read to a context, Wx / n: it moves as slowly as an embedding does, whatever the size n of x."
 
@@ -98,7 +98,7 @@ class Projection(nn.Linear):
         "Carry the other side of a product to where things are read."
         return h @ self.weight / self.in_features
 
-# %% ../nbs/09_models.ipynb #9428ac8e
+# %% ../nbs/09_models.ipynb #bfcf0df4
 class ContextTable(nn.Module):
     "The contexts of the whole catalogue: exact after `FlareModel.refresh`, while training as old as their last batch."
 
@@ -125,7 +125,7 @@ def reader_of(
     return Perceiver(config.text_width, config.latents, config.perceiver_layers, config.perceiver_heads,
                      config.perceiver_size, config.cross_attends, config.combine)
 
-# %% ../nbs/09_models.ipynb #4c79745c
+# %% ../nbs/09_models.ipynb #5b72408d
 class FlareModel(PreTrainedModel):
     "Bert4Rec (Sun et al. 2019), and with modalities Flare (Hebert et al.): predicts the hidden items of packed sequences."
     config_class = FlareConfig

@@ -7,7 +7,7 @@ __all__ = ['TRAINING_FREE', 'TRAINED', 'MODELS', 'SPLITS', 'GIVEN_ELSEWHERE', 'S
            'configs', 'record_key', 'essence', 'imported', 'source_of', 'code_digest', 'project_folder', 'git',
            'environment', 'Record', 'record_path', 'write_record', 'read_record', 'staleness']
 
-# %% ../nbs/14_records.ipynb #25b3bdc6
+# %% ../nbs/14_records.ipynb #5096be3b
 import ast
 import importlib.util
 import inspect
@@ -37,7 +37,7 @@ from .models import FlareConfig, FlareModel
 from .text import TextConfig
 from .trainer import TrainConfig, train
 
-# %% ../nbs/14_records.ipynb #e8c99050
+# %% ../nbs/14_records.ipynb #5e30b2b0
 TRAINING_FREE = {"popularity": Popularity, "repeat_last": RepeatLast, "lir": LastItemBM25}
 TRAINED = ("bert4rec", "flare")
 MODELS = (*TRAINED, *TRAINING_FREE)
@@ -59,7 +59,7 @@ def parameters_of(
     reading = {*FlareConfig.text_fields(), *asdict(TextConfig()), "reader_rate", "refresh_every"}
     return {k: v for k, v in complete.items() if k not in GIVEN_ELSEWHERE and (model == "flare" or k not in reading)}
 
-# %% ../nbs/14_records.ipynb #e5740e4b
+# %% ../nbs/14_records.ipynb #d730e09a
 def typed(
     name: str,  # of the parameter, for the message
     value,  # what was given
@@ -77,7 +77,7 @@ def typed(
                          f"like {default!r}")
     return value
 
-# %% ../nbs/14_records.ipynb #bba65638
+# %% ../nbs/14_records.ipynb #bfd551e8
 def resolve(
     model: str,  # one of MODELS
     parameters: dict,  # name → value, as asked for
@@ -108,7 +108,7 @@ def configs(
     return (FlareConfig(n_items=n_items, modalities=modalities, **architecture), TrainConfig(seed=seed, **training),
             TextConfig(**reading) if model == "flare" else None)
 
-# %% ../nbs/14_records.ipynb #8d1a309f
+# %% ../nbs/14_records.ipynb #19c1ca86
 def record_key(
     model: str,  # one of MODELS
     dataset: str,  # its name
@@ -121,7 +121,7 @@ def record_key(
     text = json.dumps(question, sort_keys=True, separators=(",", ":"), allow_nan=False)
     return sha256(text.encode()).hexdigest()[:12]
 
-# %% ../nbs/14_records.ipynb #1b17a1c5
+# %% ../nbs/14_records.ipynb #88a7bcf0
 def essence(
     source: str,  # of a Python module
 ) -> str:  # the same without comments, docstrings and blank lines
@@ -140,7 +140,7 @@ def essence(
             lines[first : last + 1] = [before + after] + [""] * (last - first)
     return "\n".join(line.rstrip() for line in lines if line.strip())
 
-# %% ../nbs/14_records.ipynb #c0654193
+# %% ../nbs/14_records.ipynb #7529f109
 def imported(
     module: str,  # full name of one of our modules
 ) -> list[str]:  # full names of those of ours that its source imports
@@ -175,7 +175,7 @@ def code_digest(
             waiting += imported(module)
     return dict(sorted(digests.items()))
 
-# %% ../nbs/14_records.ipynb #5c2bc057
+# %% ../nbs/14_records.ipynb #621a4460
 def project_folder(
     start: str | Path | None = None,  # where to begin; None: the current folder
 ) -> Path:
@@ -212,7 +212,7 @@ def environment(
             "commit": commit and commit + "-dirty" * bool(changed),
             "date": datetime.now(timezone.utc).isoformat(timespec="seconds")}
 
-# %% ../nbs/14_records.ipynb #ed85ce7a
+# %% ../nbs/14_records.ipynb #4e22ec03
 SCHEMA = 1
 
 
@@ -261,7 +261,7 @@ def record_path(
         raise ValueError(f"{experiment!r} does not name an experiment: use letters, digits, - and _")
     return Path(root) / "records" / experiment / f"{key}.json"
 
-# %% ../nbs/14_records.ipynb #754377b7
+# %% ../nbs/14_records.ipynb #be6c3af8
 def write_record(
     record: Record,
     ranks: Ranks,  # of the test users
@@ -280,7 +280,7 @@ def write_record(
     write_text(path, text + "\n")
     return path
 
-# %% ../nbs/14_records.ipynb #13ab9e07
+# %% ../nbs/14_records.ipynb #22b01403
 def read_record(
     path: str | Path,  # of the JSON file
 ) -> Record:
@@ -313,7 +313,7 @@ def read_record(
         refuse(f"its content has the key {key}, so it was edited or renamed")
     return record
 
-# %% ../nbs/14_records.ipynb #df82cf4a
+# %% ../nbs/14_records.ipynb #be9779d6
 def staleness(
     record: Record,
     fingerprint: str | None = None,  # of the dataset as it is now; None: not at hand, not compared
