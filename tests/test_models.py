@@ -66,6 +66,25 @@ def test_hidden_items_have_no_path_to_their_scores(fields):
     assert torch.equal(model.score(random_batch(3, 64)), model.score(random_batch(3, 64, other_targets=True)))
 
 
+@pytest.mark.parametrize("fields", [SMALL, FLARE], ids=["ids", "flare"])
+def test_a_mask_is_the_mask_embedding_and_nothing_else(fields):
+    model, batch = make(**fields), random_batch(3, 64, sequences=4)
+    away = sorted(set(range(60)) - set(batch.items.flatten().tolist()))
+    assert 59 in away
+
+    def states():
+        "At the masks."
+        return model.encode(batch, model.ids(), model.contexts(batch))
+
+    before = states()
+    with torch.no_grad():  # items that are not there, the last one of the catalogue too
+        model.item_embedding.weight[away] += torch.randn(len(away), 32)
+        if fields is FLARE: model.context_table.rows[away] += 1
+    assert torch.equal(states(), before)
+    with torch.no_grad(): model.mask_embedding += torch.randn(32)
+    assert not torch.allclose(states(), before, atol=1e-3)
+
+
 def test_the_text_of_hidden_items_is_not_looked_at():
     "A training batch has the tokens of its targets, for the contrast; other tokens in their place change no state at a mask."
     model, batch = make(**FLARE), random_batch(3, 64, random_text(), sequences=4)
