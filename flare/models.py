@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['FlareConfig', 'Projection', 'ContextTable', 'reader_of', 'FlareModel']
 
-# %% ../nbs/09_models.ipynb #6e46c345
+# %% ../nbs/09_models.ipynb #1b69d786
 import math
 from collections.abc import Iterable
 
@@ -18,7 +18,7 @@ from .losses import contrastive_loss, masked_item_loss
 from .masking import Batch
 from .perceiver import Perceiver, Pooling
 
-# %% ../nbs/09_models.ipynb #aa9bed42
+# %% ../nbs/09_models.ipynb #24bbcc81
 class FlareConfig(PreTrainedConfig):
     "Architecture of `FlareModel`. Raises ValueError on an unknown field or on values that do not fit together."
     model_type = "flare"
@@ -76,7 +76,7 @@ class FlareConfig(PreTrainedConfig):
         "Those of them that a model without modalities does not use."
         return cls.own_fields()[cls.own_fields().index("text_width") :]
 
-# %% ../nbs/09_models.ipynb #2abfd6e6
+# %% ../nbs/09_models.ipynb #dbeb9aba
 class Projection(nn.Linear):
     "From what was read to a context, Wx / n: it moves as slowly as an embedding does, whatever the size n of x."
 
@@ -98,34 +98,34 @@ class Projection(nn.Linear):
         "Carry the other side of a product to where things are read."
         return h @ self.weight / self.in_features
 
-# %% ../nbs/09_models.ipynb #bfcf0df4
+# %% ../nbs/09_models.ipynb #8b1c82a7
 class ContextTable(nn.Module):
-    "The contexts of the whole catalogue: exact after `FlareModel.refresh`, while training as old as their last batch."
+    "What was read for the whole catalogue: exact after `FlareModel.refresh`, while training as old as their last batch."
 
     def __init__(self,
         n_items: int,  # V
-        size: int,  # d
+        size: int,  # f, of what is read
     ):
         super().__init__()
         self.register_buffer("rows", torch.zeros(n_items, size))
 
     def put(self,
         items: Tensor,  # (n,) distinct
-        fresh: Tensor,  # (n, d) their contexts
+        fresh: Tensor,  # (n, f) what was read for them
     ):
-        "Remember contexts, without their gradient."
+        "Remember what was read, without its gradient."
         self.rows[items] = fresh.detach().to(self.rows.dtype)
 
 
 def reader_of(
     config: FlareConfig,
-) -> nn.Module:  # token states (T, width) and counts (C,) → (C, d)
+) -> nn.Module:  # token states (T, width) and counts (C,) → (C, f)
     "What reads the token states."
     if config.reader != "perceiver": return Pooling(config.text_width, config.reader)
     return Perceiver(config.text_width, config.latents, config.perceiver_layers, config.perceiver_heads,
                      config.perceiver_size, config.cross_attends, config.combine)
 
-# %% ../nbs/09_models.ipynb #5b72408d
+# %% ../nbs/09_models.ipynb #fbdaea7b
 class FlareModel(PreTrainedModel):
     "Bert4Rec (Sun et al. 2019), and with modalities Flare (Hebert et al.): predicts the hidden items of packed sequences."
     config_class = FlareConfig
