@@ -6,7 +6,7 @@
 __all__ = ['COLUMNS', 'assignments', 'text_table', 'run_command', 'grid_command', 'report', 'table_command', 'Parser',
            'make_parser', 'main']
 
-# %% ../nbs/19_cli.ipynb #b5e0a72e
+# %% ../nbs/19_cli.ipynb #43ad0c50
 import argparse
 import sys
 from pathlib import Path
@@ -17,7 +17,7 @@ from .experiments import best_settings, over_seeds, read_records
 from .grid import Grid, read_yaml, run_grid
 from .records import TRAINING_FREE, project_folder
 
-# %% ../nbs/19_cli.ipynb #ed8ddfd3
+# %% ../nbs/19_cli.ipynb #44ef1bfb
 def assignments(
     texts: list[str],  # each key=value
 ) -> dict:  # key → value
@@ -30,7 +30,7 @@ def assignments(
         values[name] = read_yaml(value, text)
     return values
 
-# %% ../nbs/19_cli.ipynb #15c5189f
+# %% ../nbs/19_cli.ipynb #c9c80097
 COLUMNS = {"R@1": "test.recall@1", "R@10": "test.recall@10", "nDCG@10": "test.ndcg@10", "MRR": "test.mrr",
            "R@10 pess.": "test.recall@10_pessimistic", "nDCG@10 pess.": "test.ndcg@10_pessimistic",
            "MRR pess.": "test.mrr_pessimistic"}
@@ -50,14 +50,14 @@ def text_table(
         if len(best := rows[rows["model"].isin(rivals)].tail(1)) and len(rows) > 1:
             gain = rows["test.ndcg@10_pessimistic"] / best["test.ndcg@10_pessimistic"].item() - 1
             rival = best["model"].item()
-            shown[f"over {rival}"] = gain.map("{:+.1%}".format).where(rows["model"] != rival, "—")
+            shown[f"vs {rival}"] = gain.map("{:+.1%}".format).where(rows["model"] != rival, "—")
     shown["seconds"] = rows["cost.train_seconds"].map("{:.0f}".format)
     about = rows.iloc[0]
     head = (f"{about['dataset']}, {about['split']}: {about['users']:,.0f} users, {about['items']:,.0f} items, "
             f"{about['interactions']:,.0f} interactions, {about['text_coverage']:.1%} of them with text")
     return f"{head}\n{shown.to_string(index=False)}"
 
-# %% ../nbs/19_cli.ipynb #1cf5a3ab
+# %% ../nbs/19_cli.ipynb #7de78531
 def run_command(arguments: argparse.Namespace) -> int:  # exit code
     "flare run NAME --set key=value …"
     return report(run_grid(Grid(arguments.name, {}, [{}]), stale=True, override=assignments(arguments.set)))
@@ -97,7 +97,7 @@ def table_command(arguments: argparse.Namespace) -> int:  # exit code
     print(text_table(found))
     return 0
 
-# %% ../nbs/19_cli.ipynb #7093f850
+# %% ../nbs/19_cli.ipynb #a7ab36d3
 class Parser(argparse.ArgumentParser):
     "An argument parser whose errors are one line."
 
