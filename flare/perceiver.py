@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['in_buckets', 'CrossAttention', 'Look', 'Perceiver', 'Pooling']
 
-# %% ../nbs/07_perceiver.ipynb #b44ecafb
+# %% ../nbs/07_perceiver.ipynb #046e5f66
 import math
 from collections.abc import Callable
 
@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-# %% ../nbs/07_perceiver.ipynb #4238cfd4
+# %% ../nbs/07_perceiver.ipynb #1f243372
 def in_buckets(
     read: Callable[[Tensor, Tensor, Tensor], Tensor],  # texts (B,), tokens (B, L, width), absent (B, L) → (B, ...)
     states: Tensor,  # (T, width) tokens, one text after the other
@@ -32,7 +32,7 @@ def in_buckets(
     found = torch.cat(found)
     return found.new_zeros(len(counts), *found.shape[1:]).index_copy(0, order, found)
 
-# %% ../nbs/07_perceiver.ipynb #dde62bbb
+# %% ../nbs/07_perceiver.ipynb #32bcfbbe
 class CrossAttention(nn.Module):
     "Latents look at tokens: multi-head attention whose keys and values are the tokens of a text."
 
@@ -85,7 +85,7 @@ class CrossAttention(nn.Module):
         seen = (pooled @ value.mT + self.value.bias.view(self.heads, 1, -1)).transpose(1, 2)  # (B, K, H, s / H)
         return self.out(seen.flatten(2))
 
-# %% ../nbs/07_perceiver.ipynb #202b9d51
+# %% ../nbs/07_perceiver.ipynb #fb9df0b9
 class Look(nn.Module):
     "A cross-attention and a feed-forward block, with their residuals."
 
@@ -163,7 +163,7 @@ class Perceiver(nn.Module):
         x = self.norm(x)
         return x.flatten(1) if self.combine == "concat" else x.mean(1)
 
-# %% ../nbs/07_perceiver.ipynb #e9d4b9af
+# %% ../nbs/07_perceiver.ipynb #4b0a9fa8
 class Pooling(nn.Module):
     "One of the states of a text, or their mean."
 
