@@ -5,8 +5,9 @@ import numpy as np
 import pytest
 import torch
 
+from flare import models
 from flare.masking import cloze_mask, collate, evaluation_batches
-from flare.models import FlareConfig, FlareModel
+from flare.models import FlareConfig, FlareModel, attention_bias, starting_bias
 from flare.sequences import Sequences
 from flare.text import TokenStates
 
@@ -62,6 +63,12 @@ def test_a_batch_without_a_text_has_no_contrast():
     assert set(losses) == {"mlm"} and losses["mlm"][0].isfinite()
 
 
+def test_states_are_normalised_at_last_where_norms_come_before_branches():
+    h = make(**SMALL).encode(random_batch(0, 64), 3 * torch.randn(60, 32), None)
+    torch.testing.assert_close(h.mean(1), torch.zeros(len(h)), rtol=0, atol=1e-5)
+    torch.testing.assert_close(h.std(1, correction=0), torch.ones(len(h)), rtol=0, atol=1e-3)
+
+
 def test_packed_equals_padded_when_scoring():
     model = make(**SMALL)
     with torch.inference_mode():
@@ -91,6 +98,15 @@ def test_a_mask_is_the_mask_embedding_and_nothing_else(fields):
     assert torch.equal(states(), before)
     with torch.no_grad(): model.mask_embedding += torch.randn(32)
     assert not torch.allclose(states(), before, atol=1e-3)
+
+
+def test_attention_begins_where_the_chapter_says(monkeypatch):
+    given = []
+    monkeypatch.setattr(models, "attention_bias", lambda batch, by_distance: given.append(by_distance) or attention_bias(batch, by_distance))
+    model = make(**SMALL)
+    model.score(random_batch(0, 64))
+    torch.testing.assert_close(given[0], starting_bias(4, 30, slope=2.0))
+    assert given[0].argmax(0).tolist() == [29, 28, 30, 30]  # one back, two back, and the place itself twice
 
 
 def test_attention_tells_distances_apart_and_before_from_after():
@@ -138,6 +154,17 @@ def test_whitened_texts_have_less_in_common(fields):
     before = likeness()
     model.whiten(text.chunks())
     assert before > 0.5 and likeness() < 0.1
+
+
+def test_whitening_is_of_the_texts_that_there_are():
+    model, text = make(**FLARE | {"reader": "mean"}), random_text()
+    text = replace(text, states=(text.states * np.arange(1, 13) + 1).astype(np.float16))  # the last direction varies most
+    model.whiten(text.chunks())
+    means = np.stack([text.states[a : a + n].astype(np.float32).mean(0) for a, n in zip(text.starts, text.counts) if n])
+    white = means @ model.reader.matrix.numpy().T + model.reader.offset.numpy()
+    variance = np.linalg.eigvalsh(np.cov(means.T, bias=True))[::-1]  # leading components first
+    np.testing.assert_allclose(white.mean(0), 0, atol=1e-3)
+    np.testing.assert_allclose(np.cov(white.T, bias=True), np.diag(variance / (variance + 0.01 * variance.mean())), atol=1e-3)
 
 
 def test_the_table_scores_as_the_tokens_do():

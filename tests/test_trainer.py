@@ -6,12 +6,14 @@ import subprocess
 import sys
 import time
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from flare.data import leave_one_out, load_dataset
 from flare.models import FlareConfig, FlareModel
+from flare.text import TokenStates
 from flare.trainer import TrainConfig, Trainer
 
 SCRIPT = """
@@ -103,6 +105,18 @@ def test_patience_stops_and_the_best_weights_stay(split):
     result = worsening.fit()
     assert result.epochs == min(20, result.best_epoch + 2)
     assert result.validation.metrics()["ndcg@10_pessimistic"] == pytest.approx(result.history["ndcg@10_pessimistic"].max())
+
+
+@pytest.mark.parametrize("whiten", [True, False])
+def test_a_reader_starts_whitened_unless_told_not_to(split, monkeypatch, whiten):
+    rng, counts = np.random.default_rng(0), np.full(split.n_items, 2)
+    text = TokenStates(rng.standard_normal((counts.sum(), 8)).astype(np.float16), np.cumsum(counts) - counts, counts)
+    model = FlareModel(FlareConfig(n_items=split.n_items, max_len=10, hidden_size=16, heads=2, ffn_size=16, modalities=("text",),
+                                   text_width=8, reader="mean", whiten=whiten))
+    seen = []
+    monkeypatch.setattr(Trainer, "step", lambda self, batch: seen.append(model.reader.offset.abs().sum().item()) or 1 / 0)
+    with pytest.raises(ZeroDivisionError): Trainer(model, split, TrainConfig(max_len=10), progress=False, text=text).fit()
+    assert (seen[0] > 0) == whiten  # before the first step
 
 
 def test_sums_are_divided_by_counts():
