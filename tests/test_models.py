@@ -66,7 +66,7 @@ def test_a_batch_without_a_text_has_no_contrast():
 def test_states_are_normalised_at_last_where_norms_come_before_branches():
     h = make(**SMALL).encode(random_batch(0, 64), 3 * torch.randn(60, 32), None)
     torch.testing.assert_close(h.mean(1), torch.zeros(len(h)), rtol=0, atol=1e-5)
-    torch.testing.assert_close(h.std(1, correction=0), torch.ones(len(h)), rtol=0, atol=1e-3)
+    torch.testing.assert_close(h.std(1, correction=0), torch.ones(len(h)), rtol=0, atol=0.05)
 
 
 def test_packed_equals_padded_when_scoring():
