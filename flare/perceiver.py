@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['in_buckets', 'CrossAttention', 'whitening', 'Look', 'Perceiver', 'pool', 'Pooling']
 
-# %% ../nbs/07_perceiver.ipynb #493a4562
+# %% ../nbs/07_perceiver.ipynb #20b87898
 import math
 from collections.abc import Callable
 
@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-# %% ../nbs/07_perceiver.ipynb #48d95b60
+# %% ../nbs/07_perceiver.ipynb #4761754c
 def in_buckets(
     read: Callable[[Tensor, Tensor, Tensor], Tensor],  # texts (B,), tokens (B, L, width), absent (B, L) → (B, ...)
     states: Tensor,  # (T, width) tokens, one text after the other
@@ -32,7 +32,7 @@ def in_buckets(
     found = torch.cat(found)
     return found.new_zeros(len(counts), *found.shape[1:]).index_copy(0, order, found)
 
-# %% ../nbs/07_perceiver.ipynb #c72a594d
+# %% ../nbs/07_perceiver.ipynb #ed632c42
 class CrossAttention(nn.Module):
     "Latents look at tokens: multi-head attention whose keys and values are the tokens of a text."
 
@@ -85,7 +85,7 @@ class CrossAttention(nn.Module):
         seen = (pooled @ value.mT + self.value.bias.view(self.heads, 1, -1)).transpose(1, 2)  # (B, K, H, s / H)
         return self.out(seen.flatten(2))
 
-# %% ../nbs/07_perceiver.ipynb #9504b52f
+# %% ../nbs/07_perceiver.ipynb #4132b249
 def whitening(
     mean: Tensor,  # (w,) of some vectors
     covariance: Tensor,  # (w, w)
@@ -93,7 +93,8 @@ def whitening(
 ) -> tuple[Tensor, Tensor]:  # matrix (w, w) and offset (w,): x @ matrix.T + offset has mean 0 and variance 1
     "To the principal components of the vectors, those of most variance first, each of variance 1."
     variance, directions = torch.linalg.eigh(covariance.double())  # ascending; directions in columns
-    matrix = (directions * (variance + floor * variance.mean()).rsqrt()).T.flip(0)
+    variance = variance.clamp(min=0.0)  # rounding leaves some below 0
+    matrix = (directions * (variance + floor * variance.mean() + 1e-6).rsqrt()).T.flip(0)  # 1e-6: where all texts are alike
     return matrix.to(mean.dtype), -(matrix @ mean.double()).to(mean.dtype)
 
 
@@ -187,7 +188,7 @@ class Perceiver(nn.Module):
         x = self.norm(x)
         return x.flatten(1) if self.combine == "concat" else x.mean(1)
 
-# %% ../nbs/07_perceiver.ipynb #b2b36f0a
+# %% ../nbs/07_perceiver.ipynb #a4e7fdab
 def pool(
     states: Tensor,  # (T, w) token states, one text after the other
     counts: Tensor,  # (C,) int64 tokens of each text; what comes out for a text without tokens means nothing

@@ -156,6 +156,15 @@ def test_whitened_texts_have_less_in_common(fields):
     assert before > 0.5 and likeness() < 0.1
 
 
+@pytest.mark.parametrize("reader", ["perceiver", "mean"])
+def test_a_catalogue_whose_texts_are_all_alike_is_read_all_the_same(reader):
+    model, text = make(**FLARE | {"reader": reader}), random_text()
+    text = replace(text, states=np.broadcast_to(text.states[:1], text.states.shape))
+    model.whiten(text.chunks())
+    model.refresh(text.chunks())
+    assert model.context_table.rows.isfinite().all()
+
+
 def test_whitening_is_of_the_texts_that_there_are():
     model, text = make(**FLARE | {"reader": "mean"}), random_text()
     text = replace(text, states=(text.states * np.arange(1, 13) + 1).astype(np.float16))  # the last direction varies most
