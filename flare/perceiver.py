@@ -82,7 +82,7 @@ class CrossAttention(nn.Module):
         "The same for latents that all texts share, without projecting a token."
         pooled = (self.weights(latents, tokens, absent) @ tokens).unflatten(1, (self.heads, -1))  # (B, H, K, w)
         value = self.value.weight.unflatten(0, (self.heads, -1))  # (H, s / H, w)
-        seen = (pooled @ value.mT + self.value.bias.view(self.heads, 1, -1)).transpose(1, 2)  # (B, K, H, s / H)
+        seen = torch.einsum("bhkw,hsw->bkhs", pooled, value) + self.value.bias.view(self.heads, -1)  # (B, K, H, s / H)
         return self.out(seen.flatten(2))
 
 # %% ../nbs/07_perceiver.ipynb #4132b249

@@ -28,7 +28,7 @@ from tqdm.auto import tqdm
 from .sequences import Split
 from .masking import Batch, TrainingBatches
 from .metrics import Ranks, evaluate, evaluating
-from .text import TokenStates
+from .text import TokenStates, has_bf16
 
 # %% ../nbs/11_trainer.ipynb #177330a7
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class TrainConfig:
     patience: int = 10  # epochs without a better validation before training stops
     checkpoint_every: int = 500  # steps; there is one after every epoch too
     refresh_every: int | None = None  # steps between refreshes of a model's context table; None: before a validation only
-    precision: str = "fp32"  # "fp32", or "bf16" for the matrix products (weights stay float32)
+    precision: str = "auto"  # of the matrix products (weights stay float32): "fp32", "bf16", or "auto": bf16 where the machine computes with it
     seed: int = 0  # of order, masks and dropout
 
     def __post_init__(self):
@@ -63,7 +63,7 @@ class TrainConfig:
         for name in ("mask_probability", "last_mask_share", "warmup"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"TrainConfig.{name} is {getattr(self, name)}; it must lie between 0 and 1")
-        for name, choices in {"schedule": ("cosine", "linear", "constant"), "precision": ("fp32", "bf16")}.items():
+        for name, choices in {"schedule": ("cosine", "linear", "constant"), "precision": ("auto", "fp32", "bf16")}.items():
             if getattr(self, name) not in choices:
                 raise ValueError(f"TrainConfig.{name} is {getattr(self, name)!r}; choose one of {choices}")
 
@@ -112,6 +112,7 @@ class Trainer:
                                        text)
         self.steps = config.epochs * len(self.batches)
         self.accelerator = Accelerator()
+        self.bf16 = config.precision == "bf16" or config.precision == "auto" and has_bf16()
         groups = [{"params": params, "weight_decay": decay, "rate": rate}
                   for is_matrix, decay in ((True, config.weight_decay), (False, 0.0))
                   for is_reader, rate in ((False, 1.0), (True, config.reader_rate))
@@ -136,7 +137,7 @@ def step(self: Trainer,
     config, at = self.config, self.at
     torch.manual_seed(int(np.random.SeedSequence([config.seed, at.step]).generate_state(1)[0]))
     for group in self.optimizer.param_groups: group["lr"] = group["rate"] * learning_rate(at.step, self.steps, config)
-    with torch.autocast(self.accelerator.device.type, torch.bfloat16, enabled=config.precision == "bf16"):
+    with torch.autocast(self.accelerator.device.type, torch.bfloat16, enabled=self.bf16):
         losses = self.model.loss(batch.to(self.accelerator.device))
     loss = sum(total / count for total, count in losses.values())
     self.optimizer.zero_grad()

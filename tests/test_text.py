@@ -77,12 +77,14 @@ def test_reused_without_encoding(store, monkeypatch):
     assert isinstance(second.states, np.memmap) and np.array_equal(first.counts, second.counts[::-1])
 
 
-def test_address_is_encoder_template_and_text(tiny, tmp_path):
+def test_address_is_format_encoder_template_and_text(tiny, tmp_path, monkeypatch):
     ask = partial(token_states, folder=tmp_path / "text", progress=False)
     other = TextConfig(encoder=str(write_encoder(tmp_path / "other", seed=1)), encoder_precision="fp32")
     ask(["paper"], tiny), ask(["pencil"], tiny), ask(["paper"], other), ask(["paper"], TextConfig(tiny.encoder, "{title}", encoder_precision="fp32"))
     ask(["paper"], TextConfig(tiny.encoder, max_tokens=3, encoder_precision="fp32")), ask(["paper"], tiny)
-    assert len(list((tmp_path / "text").glob("*/store.json"))) == 5
+    monkeypatch.setattr(text, "FORMAT", 1)
+    ask(["paper"], tiny)
+    assert len(list((tmp_path / "text").glob("*/store.json"))) == 6
 
 
 BUILD = """
