@@ -36,7 +36,7 @@ def flare(capsys, *arguments):
     (["run", "benchmark", "--set", "seed=one"], "seed is 'one' (str); it must be of type int"),
     (["run", "benchmark", "--set", "seed=[0, 1]"], "seed is [0, 1] (list); it must be of type int"),
     (["run", "benchmark", "--set", "model=bert"], "there is no model 'bert'"),
-    (["run", "benchmark", "--set", "heads=7"], "heads=7"),
+    (["run", "benchmark", "--set", "model=bert4rec", "heads=7"], "heads=7"),
     (["run", "benchmark", "--set", "split=random"], "there is no split 'random'"),
     (["run", "benchmark", "--set", "dataset=nowhere/at-all"], "nowhere/at-all"),
     (["run", "benchmark", "--set", "experiment=../up", "dataset=../shop", "model=lir"], "'../up' does not name"),
