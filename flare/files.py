@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ENTITY', 'reading', 'unique_keys', 'read_json', 'parse_text', 'read_table', 'refuse', 'require', 'clean',
-           'write_text']
+           'write_bytes', 'write_text']
 
 # %% ../nbs/02_files.ipynb #5623d17c
 import csv
@@ -142,11 +142,18 @@ def clean(
     return " ".join(words).encode("utf-8", "replace").decode()  # half an emoji becomes a question mark
 
 # %% ../nbs/02_files.ipynb #f3d65f60
+def write_bytes(
+    path: Path,  # its folder exists
+    content: bytes,
+):
+    "Write a file so that it is there whole or not at all."
+    part = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    part.write_bytes(content)
+    os.replace(part, path)
+
 def write_text(
     path: Path,  # its folder exists
     text: str,
 ):
-    "Write a file so that it is there whole or not at all."
-    part = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    part.write_text(text, encoding="utf8")
-    os.replace(part, path)
+    "The same for text, as UTF-8."
+    write_bytes(path, text.encode())

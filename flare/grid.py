@@ -80,15 +80,18 @@ class Grid:
     def expand(self,
         override: dict | None = None,  # name → value, the same at every point
         only: dict | None = None,  # name → value; points of the file with other values are left out
+        declared: dict | None = None,  # name → default of the notebook, for what a point does not say
     ) -> list[dict]:  # name → value, one a point, without duplicates
         "The points, in the order of the file; the last list of a block varies fastest. ValueError if `only` leaves none."
         points = []
         for block in self.blocks:
             lists = [values if isinstance(values, list) else [values] for values in block.values()]
             points += [self.base | dict(zip(block, values)) for values in itertools.product(*lists)]
-        kept = [point for point in points if all(point.get(name) == value for name, value in (only or {}).items())]
+        said = [(declared or {}) | point for point in points]
+        kept = [point for point, whole in zip(points, said)
+                if all(whole.get(name) == value for name, value in (only or {}).items())]
         if not kept:
-            values = {name: sorted({str(point.get(name)) for point in points}) for name in only}
+            values = {name: sorted({str(whole.get(name)) for whole in said}) for name in only}
             raise ValueError(f"the grid has no point with {only}; its values are {values}")
         kept = [point | (override or {}) for point in kept]
         return list({json.dumps(point, sort_keys=True, default=str): point for point in kept}.values())
@@ -146,6 +149,8 @@ def make_points(
             raise ValueError(f"{notebook.name} does not declare {', '.join(unknown)}; "
                              f"it declares {', '.join(declared)}")
         values = declared | {name: typed(name, value, declared[name]) for name, value in values.items()}
+        if (encoder := Path(values.get("encoder", "minilm"))).is_dir():
+            values["encoder"] = str(encoder.absolute())  # the notebook runs in another folder
         asked, _ = resolve(values["model"], {name: value for name, value in values.items() if name not in WHICH})
         if values["split"] not in SPLITS:
             raise ValueError(f"there is no split {values['split']!r}; choose one of {', '.join(SPLITS)}")
@@ -154,7 +159,7 @@ def make_points(
             loaded[values["dataset"]] = data.name, data.fingerprint
         name, fingerprint = loaded[values["dataset"]]
         if Path(values["dataset"]).is_dir() and values["dataset"] not in ("ml-100k", *READERS):
-            values["dataset"] = str(Path(values["dataset"]).absolute())  # the notebook runs in another folder
+            values["dataset"] = str(Path(values["dataset"]).absolute())
         key = record_key(values["model"], name, values["seed"], values["split"], asked)
         points.setdefault((values["experiment"], key), Point(notebook, values, key, fingerprint))
     return list(points.values())
@@ -192,7 +197,7 @@ def execute(
         last = (done.stderr.strip().splitlines() or [f"papermill ended with code {done.returncode}"])[-1]
         error, traceback = failure(output) or (last, "")
         write_text(log, f"{done.stdout}{done.stderr}\n{traceback}\n")
-    elif not record_path(root, point.values["experiment"], point.key).exists():
+    elif state(point, root)[0] != "fresh":
         error = f"the notebook ended without writing record {point.key}: does it pass all its parameters on?"
         write_text(log, f"{done.stdout}{done.stderr}\n{error}\n")
     else:
@@ -227,7 +232,8 @@ def run_grid(
     project = project_folder() if project is None else Path(project).absolute()
     if workers < 1:
         raise ValueError(f"workers is {workers}; at least one is needed")
-    points = make_points(project / "nbs/experiments" / f"{grid.notebook}.ipynb", grid.expand(override, only))
+    notebook = project / "nbs/experiments" / f"{grid.notebook}.ipynb"
+    points = make_points(notebook, grid.expand(override, only, declared_parameters(notebook)))
     states = [state(point, project / "paper") for point in points]
     rows = [{name: point.values[name] for name in ("experiment", "model", "dataset", "split", "seed")}
             | {"key": point.key, "state": now, "seconds": None, "note": why}
@@ -267,6 +273,6 @@ def run_points(
             rows_running = [rows[i] for future, i in futures.items() if future.running()]
             running = [f"{row['model']} {row['dataset']} {row['seed']}" for row in rows_running]
             bar.set_postfix_str(", ".join([f"{failed} failed"] * bool(failed) + running), refresh=False)
-            bar.update(len(done))
+            bar.n += len(done)
             if done or sys.stderr.isatty():  # the clock ticks on a screen, not in a log
                 bar.refresh()

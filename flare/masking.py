@@ -136,9 +136,7 @@ def windows(
     back = np.arange(len(user)) - np.repeat(np.cumsum(count) - count, count)  # 0: the most recent window
     taken = np.minimum(lengths, size)[user]
     start = sequences.offsets[user] + np.maximum(lengths[user] - taken - back * stride, 0)
-    offsets = np.concatenate([[0], np.cumsum(taken)])
-    event = np.arange(offsets[-1]) + np.repeat(start - offsets[:-1], taken)
-    return Sequences(sequences.items[event], offsets)
+    return sequences.spans(start, start + taken)
 
 # %% ../nbs/06_masking.ipynb #38a37f3f
 class TrainingBatches:

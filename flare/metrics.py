@@ -7,7 +7,6 @@ __all__ = ['METRICS', 'target_ranks', 'recall_at', 'ndcg_at', 'reciprocal_rank',
            'evaluate', 'Comparison', 'paired_bootstrap', 'popularity_deciles', 'by_popularity']
 
 # %% ../nbs/10_metrics.ipynb #6f181dd7
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from .data import Holdout
+from .files import write_bytes
 from .masking import evaluation_batches
 
 # %% ../nbs/10_metrics.ipynb #f453ed43
@@ -131,6 +131,12 @@ class Ranks:
         "The ranks of some of the users."
         return Ranks(self.users[mask], self.rank[mask], self.pessimistic[mask])
 
+    def equal(self,
+        other: "Ranks",
+    ) -> bool:
+        "Whether all users and ranks are the same."
+        return all(np.array_equal(getattr(self, name), getattr(other, name)) for name in ("users", "rank", "pessimistic"))
+
     def to_parquet(self,
         path: str | Path,  # its folder is made if missing
     ) -> None:
@@ -138,9 +144,7 @@ class Ranks:
         path, buffer = Path(path), BytesIO()
         pq.write_table(pa.table({"user": self.users, "rank": self.rank, "pessimistic_rank": self.pessimistic}), buffer)
         path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_name(path.name + ".tmp")
-        part.write_bytes(buffer.getvalue())
-        os.replace(part, path)
+        write_bytes(path, buffer.getvalue())
 
     @classmethod
     def from_parquet(cls,

@@ -63,10 +63,19 @@ class FlareConfig(PreTrainedConfig):
                                "output_tie": ("id", "item", "none")}.items():
             if getattr(self, field) not in choices:
                 raise ValueError(f"FlareConfig.{field} is {getattr(self, field)!r}; choose one of {choices}")
+        for field in ("n_items", "max_len", "hidden_size", "layers", "heads", "ffn_size", "text_width", "latents",
+                      "perceiver_size", "perceiver_heads"):
+            if getattr(self, field) < 1: raise ValueError(f"FlareConfig.{field} is {getattr(self, field)}; it must be at least 1")
+        for field in ("dropout", "embedding_dropout", "context_dropout", "id_dropout"):
+            if not 0 <= getattr(self, field) < 1:
+                raise ValueError(f"FlareConfig.{field} is {getattr(self, field)}; it must be at least 0 and below 1")
+        if not self.temperature > 0: raise ValueError(f"FlareConfig.temperature is {self.temperature}; it must be above 0")
         if self.hidden_size % self.heads:
             raise ValueError(f"hidden_size={self.hidden_size} is not a multiple of heads={self.heads}")
         if set(self.modalities) - {"text"}:
             raise ValueError(f"FlareConfig.modalities is {self.modalities!r}; choose among ('text',)")
+        if self.modalities:
+            with torch.device("meta"): reader_of(self)  # raises where its sizes do not fit
         super().__post_init__(**kwargs)
 
     @classmethod

@@ -105,7 +105,7 @@ class Look(nn.Module):
         width: int,  # w, of a token
         size: int,  # s, of a latent
         heads: int,
-        widening: int,  # of the feed-forward block
+        widening: int = 2,  # of the feed-forward block
     ):
         super().__init__()
         self.attention = CrossAttention(width, size, heads)
@@ -141,8 +141,6 @@ class Perceiver(nn.Module):
         size: int = 256,  # s, of a latent
         cross_attends: int = 1,  # looks at the text, at most one before each layer
         combine: str = "concat",  # latents to one vector: side by side ("concat"), or their "mean"
-        widening: int = 2,  # of the feed-forward blocks
-        dropout: float = 0.0,  # in the self-attention layers
     ):
         super().__init__()
         if size % heads: raise ValueError(f"perceiver_size={size} is not a multiple of perceiver_heads={heads}")
@@ -150,9 +148,9 @@ class Perceiver(nn.Module):
             raise ValueError(f"cross_attends={cross_attends}: the latents look at least once, and at most once before each of {layers} layers")
         self.combine = combine
         self.latents = nn.Parameter(torch.empty(latents, size))
-        self.looks = nn.ModuleList(Look(width, size, heads, widening) for _ in range(cross_attends))
-        self.layers = nn.ModuleList(nn.TransformerEncoderLayer(size, heads, widening * size, dropout, "gelu", batch_first=True,
-                                                               norm_first=True) for _ in range(layers))
+        self.looks = nn.ModuleList(Look(width, size, heads) for _ in range(cross_attends))
+        self.layers = nn.ModuleList(nn.TransformerEncoderLayer(size, heads, 2 * size, 0.0, "gelu", batch_first=True, norm_first=True)
+                                    for _ in range(layers))
         self.norm = nn.LayerNorm(size)
         self.size = size * (latents if combine == "concat" else 1)  # f, of the vector
 

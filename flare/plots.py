@@ -46,7 +46,7 @@ def save_figure(
                              "png": {"Software": None}}.items():
         buffer, path = BytesIO(), folder / f"{name}.{ending}"
         fig.savefig(buffer, format=ending, metadata=metadata)
-        part = path.with_suffix(f".{ending}.tmp")
+        part = path.with_name(f"{path.name}.{os.getpid()}.tmp")
         part.write_bytes(buffer.getvalue())
         os.replace(part, path)
         written.append(path)

@@ -34,7 +34,7 @@ from .data import leave_one_out, load_dataset, unseen_users
 from .files import write_text
 from .metrics import Ranks, evaluate
 from .models import FlareConfig, FlareModel
-from .text import TextConfig
+from .text import TextConfig, has_bf16
 from .trainer import TrainConfig, train
 
 # %% ../nbs/14_records.ipynb #5e30b2b0
@@ -202,13 +202,13 @@ def git(
 
 def environment(
     folder: Path,  # any folder of the project
-) -> dict:  # device, libraries, commit (None outside git), date (UTC)
+) -> dict:  # device, bf16 (what precision "auto" was), libraries, commit (None outside git), date (UTC)
     "Where and with what a run takes place."
     commit = git("rev-parse", "HEAD", folder=folder)
     changed = commit and git("status", "--porcelain", "--", ":(top)", ":(top,exclude)paper", folder=folder)
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"cpu, {torch.get_num_threads()} threads"
     libraries = {name: version(name) for name in ("torch", "transformers", "accelerate", "numpy", "pandas", "bm25s")}
-    return {"device": device, "libraries": {"python": python_version()} | libraries,
+    return {"device": device, "bf16": has_bf16(), "libraries": {"python": python_version()} | libraries,
             "commit": commit and commit + "-dirty" * bool(changed),
             "date": datetime.now(timezone.utc).isoformat(timespec="seconds")}
 
@@ -242,6 +242,10 @@ class Record:
         "Where the record is kept."
         return record_path(root, self.experiment, self.key)
 
+    def to_json(self) -> str:
+        "The text of its file. Raises ValueError on a number that is not finite."
+        return json.dumps(asdict(self), indent=1, allow_nan=False) + "\n"
+
     def _repr_html_(self) -> str:
         table = pd.DataFrame(self.metrics).T[["recall@1", "recall@10", "ndcg@10", "mrr", "ndcg@10_pessimistic"]]
         about = self.dataset
@@ -273,11 +277,10 @@ def write_record(
             if not math.isfinite(value):
                 raise ValueError(f"metrics.{part}.{name} of {record.model} on {record.dataset['name']} is {value}: "
                                  "not recorded; does the split have users to evaluate?")
-    text = json.dumps(asdict(record), indent=1, allow_nan=False)
-    path = record.path(root)
+    path, text = record.path(root), record.to_json()
     path.parent.mkdir(parents=True, exist_ok=True)
     ranks.to_parquet(path.with_suffix(".ranks.parquet"))
-    write_text(path, text + "\n")
+    write_text(path, text)
     return path
 
 # %% ../nbs/14_records.ipynb #22b01403

@@ -127,7 +127,8 @@ def encoder_folder(
 # %% ../nbs/05_text.ipynb #cbc3ec1f
 def has_bf16() -> bool:
     "Whether this machine multiplies in bfloat16 faster than in float32."
-    return torch.cuda.is_available() or any(torch.cpu.get_capabilities().get(k) for k in ("avx512_bf16", "amx_bf16", "bf16"))
+    if torch.cuda.is_available(): return torch.cuda.is_bf16_supported(including_emulation=False)
+    return any(torch.cpu.get_capabilities().get(k) for k in ("avx512_bf16", "amx_bf16", "bf16"))
 
 
 class Encoder:

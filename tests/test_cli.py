@@ -45,7 +45,8 @@ def flare(capsys, *arguments):
     (["grid", "good.yml", "--workers", "two"], "invalid int value: 'two'"),
     (["grid", "good.yml", "--set", "droput=1"], "does not declare droput"),
     (["table", "books"], "no records of books (leave_one_out) in experiment benchmark"),
-    (["table", "books", "--experiment", "../up"], "does not name an experiment")])
+    (["table", "books", "--experiment", "../up"], "does not name an experiment"),
+    (["renew", "benchmark", "0123456789ab"], "there is no record")])
 def test_a_mistake_is_one_line(project, capsys, arguments, message):
     (project / "nbs/bad.yml").write_text("notebook: benchmark\ngrid: [")
     (project / "nbs/empty.yml").write_text("")
@@ -90,7 +91,7 @@ def test_a_stale_record_is_marked(project, capsys):
 
 
 def test_run_and_grid_from_a_shell(project):
-    "The installed command, from a folder inside the project; a relative dataset is relative to the project."
+    "The installed command, from a folder inside the project; a relative dataset is relative to that folder."
     environment = os.environ | {"PATH": f"{os.path.dirname(sys.executable)}:{os.environ['PATH']}"}
 
     def shell(*arguments):
@@ -101,7 +102,7 @@ def test_run_and_grid_from_a_shell(project):
     assert first.returncode == 0 and "done" in first.stdout, first.stderr
     assert list(read_records("benchmark", project / "paper")["model"]) == ["popularity"]
     (project / "nbs/experiments/two.yml").write_text("notebook: benchmark\ngrid: [{model: [popularity, repeat_last]}]")
-    planned = shell("grid", "two.yml", "--dry-run", "--set", f"dataset={project / 'shop'}")
+    planned = shell("grid", "two.yml", "--dry-run", "--set", "dataset=../shop")
     assert planned.returncode == 0 and "fresh" in planned.stdout and "missing" in planned.stdout
     assert len(read_records("benchmark", project / "paper")) == 1
 

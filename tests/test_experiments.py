@@ -18,6 +18,7 @@ from nbdev.test import _keep_file
 
 from flare import experiments, grid
 from flare.experiments import over_seeds, read_records, run
+from flare.files import write_text
 from flare.grid import WHICH, Grid, declared_parameters, make_points, read_yaml, run_grid
 from flare.metrics import Ranks
 from flare.records import (MODELS, SCHEMA, Record, code_digest, essence, parameters_of, read_record, record_key,
@@ -190,6 +191,12 @@ def test_bad_input_leaves_nothing(shop, tmp_path):
                                (dict(parameters={"dropout": "high"}), "dropout is 'high'"),
                                (dict(parameters={"heads": 7}), "heads=7"),
                                (dict(parameters={"epochs": 0}), "epochs is 0"),
+                               (dict(parameters={"heads": 0}), "heads is 0"),
+                               (dict(parameters={"dropout": 1.5}), "dropout is 1.5"),
+                               (dict(parameters={"window_stride": "x"}), "window_stride is 'x'"),
+                               (dict(model="flare", parameters={"perceiver_heads": 3}), "not a multiple of perceiver_heads=3"),
+                               (dict(model="flare", parameters={"cross_attends": 5}), "cross_attends=5"),
+                               (dict(model="flare", parameters={"temperature": 0.0}), "temperature is 0.0"),
                                (dict(split="random"), "there is no split"),
                                (dict(experiment="a/b"), "does not name an experiment")]:
         given = dict(experiment="tests", model="bert4rec", dataset=str(shop), root=tmp_path / "paper") | arguments
@@ -197,6 +204,8 @@ def test_bad_input_leaves_nothing(shop, tmp_path):
             run(**given)
     with pytest.raises((ValueError, FileNotFoundError), match="nowhere"):
         run("tests", "lir", str(tmp_path / "nowhere"), root=tmp_path / "paper")
+    with pytest.raises(ValueError, match="has the name of a dataset that is known"):
+        run("tests", "lir", str(write_shop(tmp_path / "ml-100k")), root=tmp_path / "paper")
     assert not (tmp_path / "paper").exists()
 
 
@@ -349,6 +358,17 @@ def test_a_notebook_that_drops_a_parameter_is_caught(project):
     path.write_text(path.read_text().replace("dataset, seed, split, parameters", "dataset, 0, split, parameters"))
     shop = Grid("benchmark", {"dataset": str(project / "shop")}, [{"model": "popularity", "seed": 5}])
     outcome = run_grid(shop, project=project, progress=False)
+    assert outcome["state"][0] == "failed" and "does it pass all its parameters on" in outcome["note"][0]
+
+
+def test_a_stale_record_that_is_not_replaced_is_caught(project):
+    shop = Grid("benchmark", {"dataset": str(project / "shop")}, [{"model": "popularity"}])
+    run_grid(shop, project=project, progress=False)
+    (file,) = project.glob("paper/records/benchmark/*.json")
+    write_text(file, replace(read_record(file), code={}).to_json())
+    path = project / "nbs/experiments/benchmark.ipynb"
+    path.write_text(path.read_text().replace("dataset, seed, split, parameters", "dataset, 1, split, parameters"))
+    outcome = run_grid(shop, project=project, progress=False, stale=True)
     assert outcome["state"][0] == "failed" and "does it pass all its parameters on" in outcome["note"][0]
 
 

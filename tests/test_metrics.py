@@ -129,7 +129,7 @@ def test_ranks_survive_parquet_and_a_failed_write_leaves_the_old_file(tmp_path, 
     ranks, path = ranks_of(*tied_scores(2)), tmp_path / "deep" / "key.ranks.parquet"
     ranks.to_parquet(path)
     before = path.read_bytes()
-    monkeypatch.setattr("flare.metrics.os.replace", lambda *a: (_ for _ in ()).throw(OSError("killed")))
+    monkeypatch.setattr("flare.files.os.replace", lambda *a: (_ for _ in ()).throw(OSError("killed")))
     with pytest.raises(OSError, match="killed"):
         ranks.subset(slice(0, 3)).to_parquet(path)
     assert path.read_bytes() == before

@@ -7,6 +7,7 @@ import sys
 import time
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -69,6 +70,7 @@ def split():
 
 
 def trainer(split, folder, size=16, **changes):
+    torch.manual_seed(0)
     model = FlareModel(FlareConfig(n_items=split.n_items, max_len=10, hidden_size=size, heads=2, ffn_size=16))
     return Trainer(model, split, TrainConfig(**{"epochs": 1, "max_len": 10, "batch_size": 512, **changes}), folder, progress=False)
 
@@ -107,10 +109,55 @@ def test_patience_stops_and_the_best_weights_stay(split):
     assert result.validation.metrics()["ndcg@10_pessimistic"] == pytest.approx(result.history["ndcg@10_pessimistic"].max())
 
 
+def test_killed_between_an_epoch_and_its_validation(split, tmp_path):
+    "The newest checkpoint is then that of the epoch's last step: no batch is left of it."
+    straight = trainer(split, None, checkpoint_every=1).fit()
+    killed = trainer(split, tmp_path, checkpoint_every=1)
+    killed.validate = lambda: 1 / 0
+    with pytest.raises(ZeroDivisionError): killed.fit()
+    resumed = trainer(split, tmp_path, checkpoint_every=1).fit()
+    pd.testing.assert_frame_equal(resumed.history, straight.history)
+
+
+@pytest.mark.parametrize("changes, message", [
+    ({"patience": 2, "evaluate_every": 3}, "patience is 2; it must be at least evaluate_every = 3"),
+    ({"max_len": 64}, "row_length is 64; a row must hold max_len"),
+    ({"window_stride": -3}, "window_stride is -3"), ({"refresh_every": 2.5}, "refresh_every is 2.5"),
+    ({"learning_rate": -1.0}, "learning_rate is -1.0"), ({"clip_norm": 0.0}, "clip_norm is 0.0")])
+def test_what_would_fail_or_mislead_later_is_refused_at_once(changes, message):
+    with pytest.raises(ValueError, match=message): TrainConfig(**changes)
+
+
+def states(n_items, width=8):
+    "Two token states an item."
+    rng, counts = np.random.default_rng(0), np.full(n_items, 2)
+    return TokenStates(rng.standard_normal((counts.sum(), width)).astype(np.float16), np.cumsum(counts) - counts, counts)
+
+
+@pytest.mark.parametrize("model, text, message", [
+    ({"modalities": ("text",), "text_width": 8}, None, "the model reads texts: give the trainer"),
+    ({}, 0, "does not read the texts that came with it"),
+    ({"modalities": ("text",), "text_width": 8}, -1, "there are texts of 1681 items and 1682 items"),
+    ({"max_len": 8}, None, "TrainConfig.max_len is 10, more than the model's 8"),
+    ({"n_items": 9}, None, "the model has 9 items and the data 1682")])
+def test_a_model_that_does_not_fit_is_refused(split, model, text, message):
+    config = FlareConfig(**{"n_items": split.n_items, "max_len": 10, "hidden_size": 16, "heads": 2, "ffn_size": 16} | model)
+    with pytest.raises(ValueError, match=message):
+        Trainer(FlareModel(config), split, TrainConfig(max_len=10), text=None if text is None else states(split.n_items + text))
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp32"])
+def test_precision_is_that_of_the_products_and_not_of_the_weights(split, precision):
+    run, seen = trainer(split, None, precision=precision), []
+    run.model.layers[0].feed_forward[0].register_forward_hook(lambda module, given, made: seen.append(made.dtype))
+    run.step(run.batches.batch(0, 0))
+    assert seen == [torch.bfloat16 if precision == "bf16" else torch.float32]
+    assert {p.dtype for p in run.model.parameters()} | {p.grad.dtype for p in run.model.parameters()} == {torch.float32}
+
+
 @pytest.mark.parametrize("whiten", [True, False])
 def test_a_reader_starts_whitened_unless_told_not_to(split, monkeypatch, whiten):
-    rng, counts = np.random.default_rng(0), np.full(split.n_items, 2)
-    text = TokenStates(rng.standard_normal((counts.sum(), 8)).astype(np.float16), np.cumsum(counts) - counts, counts)
+    text = states(split.n_items)
     model = FlareModel(FlareConfig(n_items=split.n_items, max_len=10, hidden_size=16, heads=2, ffn_size=16, modalities=("text",),
                                    text_width=8, reader="mean", whiten=whiten))
     seen = []

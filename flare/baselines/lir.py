@@ -49,7 +49,6 @@ class LastItemBM25:
     "Scores items by BM25 with the text of the user's last item (LIR; Li et al., 2024)."
     queries: csr_matrix  # (V+1, terms) word counts of each item; the last row is empty
     weights: csr_matrix  # (terms, V) BM25 weight of each word in each item
-    parameters: dict  # what it was built with; a record writes it down
     stages = ()  # of training: none
 
     @classmethod
@@ -62,8 +61,7 @@ class LastItemBM25:
         stopwords: str = "en",  # whose stop words to leave out, or ""
     ) -> "LastItemBM25":
         "Index the texts of the catalogue. Raises ValueError on k1 and b out of range."
-        parameters = {"k1": k1, "b": b, "pattern": pattern, "stopwords": stopwords}
-        return cls(*term_matrices(dataset.catalogue.text(), k1, b, pattern, stopwords), parameters)
+        return cls(*term_matrices(dataset.catalogue.text(), k1, b, pattern, stopwords))
 
     def loss(self,
         batch: Batch,  # not looked at

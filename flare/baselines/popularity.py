@@ -30,11 +30,6 @@ class Popularity:
         "Count the training events of each item."
         return cls(torch.from_numpy(np.bincount(split.train.items, minlength=split.n_items)).float())
 
-    @property
-    def parameters(self) -> dict:
-        "What a record writes down: nothing can be set."
-        return {}
-
     def loss(self,
         batch: Batch,  # not looked at
     ) -> dict[str, tuple[Tensor, int]]:  # empty: there is nothing to minimise

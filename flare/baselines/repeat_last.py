@@ -39,11 +39,6 @@ class RepeatLast:
         "Count popularity; there is nothing else to prepare."
         return cls(Popularity.build(dataset, split))
 
-    @property
-    def parameters(self) -> dict:
-        "What a record writes down: nothing can be set."
-        return {}
-
     def loss(self,
         batch: Batch,  # not looked at
     ) -> dict[str, tuple[Tensor, int]]:  # empty: there is nothing to minimise
