@@ -4,7 +4,7 @@ VENV ?= .venv
 DATASET ?= ml-100k
 BIN := $(VENV)/bin
 
-.PHONY: setup quickstart test readme clean
+.PHONY: setup quickstart test readme peers clean
 
 quickstart: setup  ## train on DATASET and print its table (others need FLARE_DATA, e.g. DATASET=recformer/Scientific)
 	$(BIN)/flare grid benchmark.yml --only dataset=$(DATASET) seed=0 --set experiment=quickstart
@@ -16,6 +16,14 @@ test: setup  ## every component notebook, the sync and clean gates, tests/
 readme: setup  ## README.md from nbs/index.ipynb
 	$(BIN)/jupyter nbconvert --to markdown nbs/index.ipynb --output-dir . --output README --TagRemovePreprocessor.enabled=True \
 		--TagRemovePreprocessor.remove_input_tags hide_input
+
+peers: .peers/recbole/.ready .peers/rectools/.ready  ## the libraries that nbs/experiments/speed.ipynb compares with, each in its own environment
+
+.peers/%/.ready: nbs/experiments/peers/%.txt
+	$(PYTHON) -m venv .peers/$*
+	.peers/$*/bin/pip install -q --disable-pip-version-check $$(grep '^torch==' $<)
+	.peers/$*/bin/pip install -q --disable-pip-version-check -r $<
+	touch $@
 
 setup: $(VENV)/.ready  ## the virtual environment, from the pins of environment.yml
 
@@ -31,4 +39,4 @@ $(VENV)/.ready: environment.yml pyproject.toml
 	touch $@
 
 clean:  ## remove the environment and everything that runs leave behind
-	rm -rf $(VENV) paper/runs _proc _docs build *.egg-info
+	rm -rf $(VENV) .peers paper/runs _proc _docs build *.egg-info

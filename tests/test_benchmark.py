@@ -1,0 +1,67 @@
+"The benchmark command: one line of JSON, or one line that says what is wrong."
+import json
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from flare import benchmark
+from flare.benchmark import generated_events, read_events
+
+SMALL = ["--hidden-size", "16", "--ffn", "32", "--threads", "1", "--batch-size", "64"]
+KEYS = {"epoch_s", "steps", "tokens_per_s", "fill", "eval_s", "peak_mb", "recall@10", "ndcg@10"}
+
+
+@pytest.fixture
+def csv(tmp_path):
+    generated_events(200, 80).to_csv(tmp_path / "events.csv", index=False)
+    return tmp_path / "events.csv"
+
+
+@pytest.mark.parametrize("more, steps, users", [([], 4, 200), (["--epochs", "2"], 8, 200), (["--max-steps", "3"], 3, 200),
+                                                (["--eval-users", "7"], 4, 7),
+                                                (["--model", "flare", "--text", "random:16:3", "--validate"], 4, 200)])
+def test_one_line_with_everything(csv, capsys, more, steps, users):
+    assert benchmark.main(["--csv", str(csv), *SMALL, *more]) == 0
+    out, error = capsys.readouterr()
+    line = json.loads(out)
+    assert error == "" and out.count("\n") == 1 and KEYS <= set(line)
+    assert (line["steps"], line["eval_users"], line["items"], line["epoch_steps"]) == (steps, users, 80, 4)
+    assert len(line.get("history", [])) == ("--validate" in more) and 0 < line["fill"] <= 1 and line["peak_mb"] >= line["base_mb"]
+
+
+@pytest.mark.parametrize("content, more, message", [
+    ("user,item,timestamp\nann,lamp,soon\n", [], "events.csv, row 2: timestamp 'soon'"),
+    ("user,item\nann,lamp\n", [], "lacks the columns ['timestamp']"),
+    ("user,item,timestamp\nann,lamp,1\n", [], "nothing to test on"),
+    (None, ["--text", "minilm", "--model", "flare"], "random:384:32"), (None, ["--dropout", "2"], "dropout is 2.0"),
+    (None, ["--heads", "3"], "heads=3"), (None, ["--epochs", "0"], "epochs is 0")])
+def test_what_is_wrong_is_said_in_one_line(csv, capsys, content, more, message):
+    if content is not None: csv.write_text(content)
+    assert benchmark.main(["--csv", str(csv), *SMALL, *more]) == 2
+    out, error = capsys.readouterr()
+    assert out == "" and error.count("\n") == 1 and message in error
+
+
+def test_rows_in_any_order_are_the_same_events(tmp_path, csv):
+    "Times decide; equal times keep the order of the file."
+    table = pd.read_csv(csv)
+    table.sample(frac=1, random_state=0).to_csv(tmp_path / "mixed.csv", index=False)
+    one, two = read_events(csv), read_events(tmp_path / "mixed.csv")
+    def histories(data):
+        raw = data.catalogue.table["item"].to_numpy()
+        return {user: raw[data.sequences[row]].tolist() for row, user in enumerate(data.users)}
+    assert histories(one) == histories(two)
+    table.assign(timestamp=0).to_csv(tmp_path / "ties.csv", index=False)
+    assert histories(read_events(tmp_path / "ties.csv")) == histories(one)
+
+
+def test_generated_events_follow_and_are_skewed():
+    events = generated_events(4000, 300, follow=0.5, exponent=1.0)
+    item, user = events["item"].to_numpy(), events["user"].to_numpy()
+    within = user[1:] == user[:-1]
+    pairs = pd.Series(item[1:][within]).groupby(item[:-1][within]).agg(lambda nexts: nexts.value_counts(normalize=True).iloc[0])
+    assert 0.45 < np.average(pairs, weights=np.bincount(item[:-1][within], minlength=300)[pairs.index]) < 0.6
+    counts = np.sort(np.bincount(item, minlength=300))[::-1]
+    assert counts[0] > 5 * np.median(counts) and counts[-1] > 0
+    assert abs(events.groupby("user").size().mean() - 7) < 0.2
