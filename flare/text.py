@@ -144,7 +144,8 @@ class Encoder:
             self.model = (AutoModelForTextEncoding if encodes else AutoModel).from_pretrained(folder, dtype=torch.float32)
         except (OSError, ValueError, KeyError) as error:
             raise ValueError(f"{folder} does not hold a text encoder that can be read ({error}); "
-                             "use encoder='minilm', or give a folder with config.json, weights and tokenizer") from None
+                             "use encoder='minilm', or give a folder with config.json, weights and tokenizer "
+                             "(one with a spiece.model needs pip install sentencepiece protobuf)") from None
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.model.eval().requires_grad_(False).to(self.device, torch.bfloat16 if self.precision == "bf16" else torch.float32)
         self.width = self.model.config.hidden_size

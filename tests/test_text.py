@@ -12,10 +12,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from sentencepiece import SentencePieceTrainer
+from transformers import MT5Config, MT5ForConditionalGeneration
 
 from flare import text
 from flare.text import Encoder, TextConfig, TokenStates, encoder_folder, token_states
 from tiny_encoder import WORDS, write_encoder
+
 
 def some_texts(n: int, seed: int = 0) -> list[str]:
     "Texts of one to twelve words, a tenth of them empty."
@@ -176,6 +179,23 @@ def test_mt5_through_its_encoder(tmp_path):
     assert states.shape == (sum(map(len, tokens)), 16)
     assert states.float().mean(1).abs().max() < 1e-2 and (states.float().std(1, correction=0) - 1).abs().max() < 1e-2
     assert torch.allclose(states[-3:].float(), encoder.states(tokens[1:]).float(), atol=2e-2)
+
+
+def test_a_tokenizer_of_sentencepiece_is_read(tmp_path):
+    "google/mt5-base comes with a spiece.model and no tokenizer.json."
+    folder = write_encoder(tmp_path / "mt5", "mt5")
+    for name in ("tokenizer.json", "tokenizer_config.json"): (folder / name).unlink()
+    texts = [f"{a} {b}" for a in WORDS for b in WORDS]
+    SentencePieceTrainer.train(sentence_iterator=iter(texts), model_prefix=str(folder / "spiece"), vocab_size=30, pad_id=0, eos_id=1,
+                               unk_id=2, bos_id=-1, minloglevel=2)
+    settings = {"tokenizer_class": "T5Tokenizer", "extra_ids": 0, "pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    model = MT5ForConditionalGeneration(MT5Config(vocab_size=40, d_model=16, d_kv=8, d_ff=32, num_layers=1, num_heads=2))
+    model.save_pretrained(folder)
+    encoder = Encoder(TextConfig(str(folder)))
+    tokens = encoder.tokens(["steel ruler", "box"])
+    assert [t[-1] for t in tokens] == [1, 1] and len(tokens[0]) > len(tokens[1])
+    assert encoder.states(tokens).shape == (sum(map(len, tokens)), 16)
 
 
 def test_long_texts_are_cut_and_strange_ones_read(store, tiny):
