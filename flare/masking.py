@@ -6,8 +6,8 @@
 __all__ = ['cloze_mask', 'pack', 'Batch', 'collate', 'windows', 'TrainingBatches', 'evaluation_batches']
 
 # %% ../nbs/06_masking.ipynb #29c4f466
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
-from typing import Iterator
 
 import numpy as np
 import torch
@@ -74,8 +74,9 @@ class Batch:
     contexts: Tensor  # (C, 2) distinct pairs of item (or n_items, the mask) and critique (-1: none)
     context_index: Tensor  # (R, W) each cell's context; 0 at padding
     n_sequences: int  # S
-    states: Tensor | None = None  # (T, width) float16 token states of the contexts, one after the other; None: none are read
-    counts: Tensor | None = None  # (C,) tokens of each context
+    read: Tensor | None = None  # (F,) contexts that are read anew, of C; None: none are
+    states: Tensor | None = None  # (T, width) float16 token states of these, one after the other
+    counts: Tensor | None = None  # (F,) tokens of each
 
     def to(self, device: torch.device | str) -> "Batch":
         "The same batch with its tensors on `device`."
@@ -96,6 +97,7 @@ def collate(
     row_length: int | None,  # most cells in a row; None pads instead of packing
     critiques: np.ndarray | None = None,  # (events,) critique spoken at each position, -1: none
     text: TokenStates | None = None,  # of the catalogue; its tokens travel with the batch, those of hidden items too
+    read: Callable[[int], np.ndarray] | None = None,  # from the number of contexts C to those whose tokens travel; None: all
 ) -> Batch:
     "Pack sequences and write them into one `Batch`."
     row, column, rows, width = pack(lengths, row_length)
@@ -109,7 +111,10 @@ def collate(
     if text is not None: needed = np.append(needed, items[hidden] * base)  # targets, for the output
     pairs, context = np.unique(needed, return_inverse=True)
     pairs = np.stack(np.divmod(pairs, base), 1) - [0, 1]
-    states, counts = (None, None) if text is None else text.gather(pairs[:, 0])
+    chosen, states, counts = None, None, None
+    if text is not None:
+        chosen = np.arange(len(pairs)) if read is None else read(len(pairs))
+        states, counts = text.gather(pairs[chosen, 0])
 
     def grid(values: np.ndarray, padding: int) -> Tensor:
         "Values of events, written to their cells."
@@ -121,7 +126,7 @@ def collate(
                  from_end=grid(lengths[sequence] - 1 - place, 0), segment=grid(sequence, -1),
                  masked=torch.from_numpy(cell[hidden]), targets=torch.from_numpy(items[hidden].astype(np.int64)),
                  contexts=torch.from_numpy(pairs), context_index=grid(context[: len(items)], 0), n_sequences=len(lengths),
-                 states=states, counts=counts)
+                 read=None if chosen is None else torch.from_numpy(chosen), states=states, counts=counts)
 
 # %% ../nbs/06_masking.ipynb #8cb52955
 def windows(
@@ -153,10 +158,11 @@ class TrainingBatches:
         window_stride: int | None = None,  # see `windows`
         seed: int = 0,
         text: TokenStates | None = None,  # of the catalogue, for a model that reads it
+        read_share: float = 1.0,  # of the contexts of a batch, that are read anew
     ):
         self.sequences = windows(sequences, max_len + 1, window_stride)
         self.n_items, self.batch_size, self.row_length, self.seed = n_items, batch_size, row_length, seed
-        self.mask_probability, self.last_mask_share, self.text = mask_probability, last_mask_share, text
+        self.mask_probability, self.last_mask_share, self.text, self.read_share = mask_probability, last_mask_share, text, read_share
 
     def __len__(self) -> int:  # steps in an epoch
         return -(-len(self.sequences) // self.batch_size)
@@ -172,7 +178,8 @@ class TrainingBatches:
         rng = np.random.default_rng([self.seed, epoch, step])
         only_last = rng.random(len(drawn)) < self.last_mask_share
         hidden = cloze_mask(drawn.lengths, self.mask_probability, only_last, rng)
-        return collate(drawn.items, drawn.lengths, hidden, self.n_items, self.row_length, text=self.text)
+        return collate(drawn.items, drawn.lengths, hidden, self.n_items, self.row_length, text=self.text,
+                       read=lambda contexts: np.flatnonzero(rng.random(contexts) < self.read_share))
 
     def epoch(self, epoch: int, first: int = 0) -> Iterator[Batch]:
         "The batches of one epoch from step `first` on."

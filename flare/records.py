@@ -56,7 +56,7 @@ def parameters_of(
         return {a.name: a.default for a in arguments}
     complete = {name: getattr(FlareConfig(), name) for name in FlareConfig.own_fields()}
     complete |= asdict(TextConfig()) | asdict(TrainConfig())
-    reading = {*FlareConfig.text_fields(), *asdict(TextConfig()), "reader_rate", "refresh_every"}
+    reading = {*FlareConfig.text_fields(), *asdict(TextConfig()), "reader_rate", "read_share", "refresh_every"}
     return {k: v for k, v in complete.items() if k not in GIVEN_ELSEWHERE and (model == "flare" or k not in reading)}
 
 # %% ../nbs/14_records.ipynb #d730e09a

@@ -205,7 +205,7 @@ class TokenStates:
         counts = np.where(items < len(self), self.counts[known], 0)
         offsets = starts_of(counts)
         rows = np.arange(offsets[-1]) + np.repeat(self.starts[known] - offsets[:-1], counts)
-        return torch.from_numpy(self.states[rows]), torch.from_numpy(counts)
+        return torch.from_numpy(self.states).index_select(0, torch.from_numpy(rows)), torch.from_numpy(counts)
 
     def chunks(self,
         tokens: int = 2**15,  # in a chunk, about
@@ -270,7 +270,7 @@ def open_store(
     try:
         content = json.loads((folder / "store.json").read_text(encoding="utf8"))
         places = np.load(folder / "places.npy")
-        states = np.memmap(folder / "states.f16", np.float16, "r").reshape(-1, content["width"])
+        states = np.memmap(folder / "states.f16", np.float16, "c").reshape(-1, content["width"])
         blocks = list(zip([0, *content["ends"]], content["ends"], json.loads((folder / "checksums.json").read_text())))
     except (OSError, ValueError, KeyError) as error:
         raise ValueError(f"the token states in {folder} cannot be read ({error}); {remedy}") from None

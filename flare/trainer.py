@@ -52,6 +52,7 @@ class TrainConfig:
     evaluate_every: int = 1  # epochs from one validation to the next
     patience: int = 10  # epochs without a better validation before training stops
     checkpoint_every: int = 500  # steps; there is one after every epoch too
+    read_share: float = 1.0  # share of a batch's texts that are read anew in a step; the others are as last read
     refresh_every: int | None = None  # steps between refreshes of a model's context table; None: before a validation only
     precision: str = "auto"  # of the matrix products (weights stay float32): "fp32", "bf16", or "auto": bf16 where the machine computes with it
     seed: int = 0  # of order, masks and dropout
@@ -70,6 +71,7 @@ class TrainConfig:
                              f"{self.evaluate_every}, or training stops before it has validated")
         for name in ("learning_rate", "clip_norm"):
             if not getattr(self, name) > 0: raise ValueError(f"TrainConfig.{name} is {getattr(self, name)}; it must be above 0")
+        if not 0 < self.read_share <= 1: raise ValueError(f"TrainConfig.read_share is {self.read_share}; it must be above 0 and at most 1")
         for name in ("mask_probability", "last_mask_share", "warmup"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"TrainConfig.{name} is {getattr(self, name)}; it must lie between 0 and 1")
@@ -139,7 +141,7 @@ class Trainer:
         self.split, self.config, self.folder, self.progress = split, config, folder and Path(folder), progress
         self.batches = TrainingBatches(split.train, split.n_items, config.batch_size, config.max_len, config.row_length,
                                        config.mask_probability, config.last_mask_share, config.window_stride, config.seed,
-                                       text)
+                                       text, config.read_share)
         self.steps = config.epochs * len(self.batches)
         self.accelerator = Accelerator()
         if self.accelerator.num_processes > 1:

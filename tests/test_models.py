@@ -89,7 +89,7 @@ def test_a_mask_is_the_mask_embedding_and_nothing_else(fields):
 
     def states():
         "At the masks."
-        return model.encode(batch, model.ids(), model.contexts(batch))
+        return model.encode(batch, model.ids(), model.contexts(batch)[0])
 
     before = states()
     with torch.no_grad():  # items that are not there, the last one of the catalogue too
@@ -134,10 +134,10 @@ def test_the_text_of_hidden_items_is_not_looked_at():
     only_hidden = torch.tensor([int(item) not in seen for item in batch.contexts[:, 0]])[owner]
     assert only_hidden.any()
     others = replace(batch, states=torch.where(only_hidden[:, None], torch.randn_like(batch.states), batch.states))
-    states = [model.encode(b, model.ids(), model.contexts(b)) for b in (batch, others)]
+    states = [model.encode(b, model.ids(), model.contexts(b)[0]) for b in (batch, others)]
     assert torch.equal(*states)
     everything = replace(batch, states=torch.randn_like(batch.states))
-    assert not torch.equal(states[0], model.encode(everything, model.ids(), model.contexts(everything)))
+    assert not torch.equal(states[0], model.encode(everything, model.ids(), model.contexts(everything)[0]))
 
 
 @pytest.mark.parametrize("fields", [FLARE, FLARE | {"reader": "mean"}, FLARE | {"reader": "last"}], ids=["perceiver", "mean", "last"])
@@ -183,7 +183,7 @@ def test_the_table_scores_as_the_tokens_do():
 
 def test_logits_are_those_of_id_plus_context():
     model, batch = make(**FLARE), random_batch(1, 64)
-    h = model.encode(batch, model.ids(), model.contexts(batch))
+    h = model.encode(batch, model.ids(), model.contexts(batch)[0])
     table = model.item_embedding.weight + model.project(model.context_table.rows)  # W = e + c
     torch.testing.assert_close(model.score(batch), h @ table.T + model.output_bias, rtol=0, atol=1e-5)
 
