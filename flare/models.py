@@ -8,7 +8,7 @@ __all__ = ['BIAS_RATE', 'FlareConfig', 'Projection', 'ContextTable', 'reader_of'
 
 # %% ../nbs/09_models.ipynb #5dce0495
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 import torch.nn.functional as F
@@ -307,11 +307,23 @@ class FlareModel(PreTrainedModel):
         pairs = self.logits(self.encode(batch, e, c), e)
         return losses | {"mlm": masked_item_loss(pairs, batch.targets, self.output_bias)}
 
+    def scorer(self, batch: Batch) -> Callable[[slice], Tensor]:  # from a slice of the catalogue to logits (M, items in the slice)
+        "What scores a batch, piece by piece of the catalogue; the states at the masks are made once."
+        e, (c, _) = self.ids(), self.contexts(batch)
+        h = self.encode(batch, e, c)
+
+        def score(item_slice: slice) -> Tensor:
+            "One piece."
+            (states, table), *others = self.logits(h, e, item_slice)
+            logits = F.linear(states, table, None if self.output_bias is None else self.output_bias[item_slice])
+            for states, table in others: logits = logits.addmm_(states, table.T)
+            return logits
+
+        return score
+
     def score(self, batch: Batch, item_slice: slice = slice(None)) -> Tensor:  # (M, items in the slice)
         "Logits of the catalogue, or a slice of it, at each mask."
-        e, (c, _) = self.ids(), self.contexts(batch)
-        logits = sum(F.linear(h, table) for h, table in self.logits(self.encode(batch, e, c), e, item_slice))
-        return logits if self.output_bias is None else logits + self.output_bias[item_slice]
+        return self.scorer(batch)(item_slice)
 
     @torch.no_grad()
     def whiten(self,

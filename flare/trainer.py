@@ -52,7 +52,7 @@ class TrainConfig:
     evaluate_every: int = 1  # epochs from one validation to the next
     patience: int = 10  # epochs without a better validation before training stops
     checkpoint_every: int = 500  # steps; there is one after every epoch too
-    read_share: float = 1.0  # share of a batch's texts that are read anew in a step; the others are as last read
+    read_share: float = 0.25  # share of a batch's texts that are read anew in a step; the others are as last read
     refresh_every: int | None = None  # steps between refreshes of a model's context table; None: before a validation only
     precision: str = "auto"  # of the matrix products (weights stay float32): "fp32", "bf16", or "auto": bf16 where the machine computes with it
     seed: int = 0  # of order, masks and dropout

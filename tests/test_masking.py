@@ -4,8 +4,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flare.masking import cloze_mask, collate, evaluation_batches, pack, windows
+from flare.masking import TrainingBatches, cloze_mask, collate, evaluation_batches, pack, windows
 from flare.sequences import Sequences
+from flare.text import TokenStates
 
 ragged = st.lists(st.integers(1, 30), min_size=1, max_size=80).map(np.array)
 
@@ -68,3 +69,14 @@ def test_evaluation_keeps_the_order_of_users_and_the_most_recent_items():
     last = torch.cat([torch.where(b.position.flatten()[b.masked] > 0, b.items.flatten()[b.masked - 1], -1) for b in batches])
     assert last.tolist() == [row[-1] if row else -1 for row in lists]
     assert all((b.position.max() <= 6) and b.items.shape[1] <= 16 for b in batches)
+
+
+def test_a_share_of_the_contexts_is_read_and_the_masks_stay():
+    rng = np.random.default_rng(0)
+    sequences, counts = Sequences.from_lists([rng.integers(0, 900, 8) for _ in range(300)]), np.full(900, 2)
+    text = TokenStates(np.zeros((1800, 3), np.float16), 2 * np.arange(900), counts)
+    whole, part, again = (TrainingBatches(sequences, 900, 100, 8, text=text, read_share=share).batch(1, 2) for share in (1.0, 0.25, 0.25))
+    assert torch.equal(whole.read, torch.arange(len(whole.contexts))) and len(whole.states) == int(whole.counts.sum())
+    assert abs(len(part.read) / len(part.contexts) - 0.25) < 0.08 and torch.equal(part.read, again.read)
+    assert part.counts.tolist() == [2 * (item < 900) for item in part.contexts[part.read, 0]] and len(part.states) == int(part.counts.sum())
+    assert torch.equal(part.masked, whole.masked) and torch.equal(part.targets, whole.targets)

@@ -7,7 +7,7 @@ import torch
 
 from flare import models
 from flare.masking import cloze_mask, collate, evaluation_batches
-from flare.models import FlareConfig, FlareModel, attention_bias, starting_bias
+from flare.models import ByDistance, FlareConfig, FlareModel, attention_bias, starting_bias
 from flare.sequences import Sequences
 from flare.text import TokenStates
 
@@ -22,12 +22,12 @@ def random_text(seed=0, n_items=60):
     return TokenStates(rng.standard_normal((counts.sum(), 12)).astype(np.float16), np.cumsum(counts) - counts, counts)
 
 
-def random_batch(seed, row_length, text=None, other_targets=False, sequences=40):
+def random_batch(seed, row_length, text=None, other_targets=False, sequences=40, read=None):
     rng = np.random.default_rng(seed)
     lengths = rng.integers(1, 30, sequences)
     items, hidden = rng.integers(0, 60, lengths.sum()), cloze_mask(lengths, 0.3, rng.random(len(lengths)) < 0.3, rng)
     if other_targets: items = np.where(hidden, (items + 7) % 60, items)
-    return collate(items, lengths, hidden, 60, row_length, text=text)
+    return collate(items, lengths, hidden, 60, row_length, text=text, read=read)
 
 
 def make(seed=0, **fields):
@@ -159,7 +159,7 @@ def test_whitened_texts_have_less_in_common(fields):
 @pytest.mark.parametrize("reader", ["perceiver", "mean"])
 def test_a_catalogue_whose_texts_are_all_alike_is_read_all_the_same(reader):
     model, text = make(**FLARE | {"reader": reader}), random_text()
-    text = replace(text, states=np.broadcast_to(text.states[:1], text.states.shape))
+    text = replace(text, states=np.repeat(text.states[:1], len(text.states), 0))
     model.whiten(text.chunks())
     model.refresh(text.chunks())
     assert model.context_table.rows.isfinite().all()
@@ -179,6 +179,54 @@ def test_whitening_is_of_the_texts_that_there_are():
 def test_the_table_scores_as_the_tokens_do():
     model = make(**FLARE)
     torch.testing.assert_close(model.score(random_batch(1, 64, random_text())), model.score(random_batch(1, 64)), rtol=0, atol=1e-5)
+
+
+def test_what_is_not_read_anew_is_as_remembered():
+    model, text = make(**FLARE), random_text()
+    batch, whole = (random_batch(4, 64, text, sequences=6, read=read) for read in (lambda n: np.arange(1, n, 3), None))
+    assert len(batch.counts) < len(batch.contexts) == len(whole.counts)
+    with torch.no_grad(): model.reader.latents.add_(0.1)  # now the table is out of date
+    (mixed, fresh), (exact, _) = model.contexts(batch), model.contexts(whole)
+    anew = torch.zeros(len(batch.contexts), dtype=bool).index_fill(0, batch.read, True)
+    torch.testing.assert_close(mixed[anew], exact[anew], rtol=0, atol=1e-6)
+    torch.testing.assert_close(fresh, exact[anew], rtol=0, atol=1e-6)
+    items = batch.contexts[~anew, 0]
+    assert torch.equal(mixed[~anew], model.context_table.rows[items.clamp(max=59)]) and not torch.allclose(mixed[~anew], exact[~anew])
+
+
+def test_what_is_not_read_anew_is_in_no_contrast_and_not_written_to_the_table():
+    model, text = make(**FLARE).train(), random_text()
+    batch = random_batch(4, 64, text, sequences=6, read=lambda n: np.arange(1, n, 3))
+    items = batch.contexts[batch.read, 0]
+    model.context_table.rows.fill_(7.0)
+    count = model.loss(batch)["contrastive"][1]
+    assert count == sum(text.counts[i] > 0 for i in items.tolist() if i < 60)
+    written = (model.context_table.rows != 7.0).any(1).nonzero().flatten()
+    assert written.tolist() == sorted(i for i in items.tolist() if i < 60)
+
+
+def test_a_batch_of_which_nothing_is_read_trains_on_the_table_alone():
+    model, text = make(**FLARE).train(), random_text()
+    loss, gradients = loss_and_gradients(model, random_batch(4, 64, text, read=lambda n: np.arange(0)))
+    without, _ = loss_and_gradients(model, random_batch(4, 64))
+    torch.testing.assert_close(loss, without)
+    assert all(g.isfinite().all() for g in gradients.values()) and not gradients["reader.latents"].any()
+
+
+def test_a_text_is_read_the_same_whatever_is_read_with_it():
+    model, text = make(**FLARE), random_text()
+    together = model.read(*text.gather(np.arange(60)))
+    for items in ([7], [3, 8], [4]):
+        torch.testing.assert_close(model.read(*text.gather(np.array(items))), together[items], rtol=0, atol=1e-5)
+
+
+def test_biases_by_distance_are_a_lookup():
+    table, place = torch.randn(21, 3, requires_grad=True), torch.randint(21, (4, 6, 6))
+    ours = ByDistance.apply(table, place)
+    theirs = torch.nn.functional.embedding(place, table).permute(0, 3, 1, 2)
+    weight = torch.randn(ours.shape)
+    assert torch.equal(ours, theirs)
+    torch.testing.assert_close(*(torch.autograd.grad((x * weight).sum(), table)[0] for x in (ours, theirs)))
 
 
 def test_logits_are_those_of_id_plus_context():

@@ -123,6 +123,7 @@ def test_killed_between_an_epoch_and_its_validation(split, tmp_path):
     ({"patience": 2, "evaluate_every": 3}, "patience is 2; it must be at least evaluate_every = 3"),
     ({"max_len": 64}, "row_length is 64; a row must hold max_len"),
     ({"window_stride": -3}, "window_stride is -3"), ({"refresh_every": 2.5}, "refresh_every is 2.5"),
+    ({"read_share": 0.0}, "read_share is 0.0"), ({"read_share": 1.5}, "read_share is 1.5"),
     ({"learning_rate": -1.0}, "learning_rate is -1.0"), ({"clip_norm": 0.0}, "clip_norm is 0.0")])
 def test_what_would_fail_or_mislead_later_is_refused_at_once(changes, message):
     with pytest.raises(ValueError, match=message): TrainConfig(**changes)
