@@ -149,7 +149,7 @@ def main(
     try:
         parsed = make_parser().parse_args(arguments)
         return parsed.action(parsed)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, MemoryError) as error:
         print(f"flare: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

@@ -14,12 +14,14 @@ from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+import numpy as np
 import pandas as pd
 import torch
 from filelock import FileLock
 
 from .data import READERS, Dataset, Split, load_dataset
 from .files import write_text
+from .memory import plan_memory
 from .metrics import METRICS, Ranks, evaluate
 from .models import FlareModel
 from .records import (SPLITS, TRAINING_FREE, Record, code_digest, configs, environment, project_folder,
@@ -50,6 +52,9 @@ def build(
     config, training, reading = configs(model, complete, split.n_items, seed)
     text = reading and token_states(item_texts(dataset.catalogue, reading.template), reading, progress=progress)
     if text: config.text_width = text.width
+    plan = plan_memory(config, training, text, float(np.mean(split.train.lengths)))
+    if progress: print(plan)
+    plan.check()
     torch.manual_seed(seed)
     made = FlareModel(config)
     result = train(made, split, training, folder, progress, text)

@@ -6,6 +6,8 @@
 __all__ = ['chunk_softmax', 'in_round', 'LinearCrossEntropy', 'masked_item_loss', 'contrastive_loss']
 
 # %% ../nbs/08_losses.ipynb #509f08d1
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -97,7 +99,7 @@ def masked_item_loss(
                              "do not fit: want (M, d), (V, d) and (M,)")
     if chunk_size is not None and chunk_size < 1: raise ValueError(f"chunk_size is {chunk_size}; it must be at least 1")
     count, size, device = len(targets), len(pairs[0][1]), targets.device.type
-    chunk = size if count * size <= most_logits else chunk_size or max(256, (2**20 if device == "cpu" else 2**26) // count)
+    chunk = size if count * size <= most_logits else chunk_size or max(256, 2 ** int(math.log2((2**20 if device == "cpu" else 2**26) / max(1, count))))
     dtype = compute_dtype(device)
     with torch.autocast(device, enabled=False):
         return LinearCrossEntropy.apply(targets, bias, chunk, dtype, *(x for pair in pairs for x in pair)), count

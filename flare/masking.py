@@ -159,10 +159,12 @@ class TrainingBatches:
         seed: int = 0,
         text: TokenStates | None = None,  # of the catalogue, for a model that reads it
         read_share: float = 1.0,  # of the contexts of a batch, that are read anew
+        share: tuple[int, int] = (0, 1),  # which part of each step's sequences, and of how many parts
     ):
         self.sequences = windows(sequences, max_len + 1, window_stride)
         self.n_items, self.batch_size, self.row_length, self.seed = n_items, batch_size, row_length, seed
         self.mask_probability, self.last_mask_share, self.text, self.read_share = mask_probability, last_mask_share, text, read_share
+        self.share = share
 
     def __len__(self) -> int:  # steps in an epoch
         return -(-len(self.sequences) // self.batch_size)
@@ -171,17 +173,22 @@ class TrainingBatches:
         "The order in which an epoch visits the sequences."
         return np.random.default_rng([self.seed, epoch]).permutation(len(self.sequences))
 
-    def batch(self, epoch: int, step: int, order: np.ndarray | None = None) -> Batch:
-        "Step `step` of epoch `epoch`, both from 0; `order` saves drawing the permutation again."
+    def batch(self, epoch: int, step: int, order: np.ndarray | None = None) -> Batch | None:
+        "Step `step` of epoch `epoch`, both from 0; `order` saves drawing the permutation again. None where nothing of it is ours."
         order = self.order(epoch) if order is None else order
         drawn = self.sequences.take(order[step * self.batch_size : (step + 1) * self.batch_size])
         rng = np.random.default_rng([self.seed, epoch, step])
         only_last = rng.random(len(drawn)) < self.last_mask_share
         hidden = cloze_mask(drawn.lengths, self.mask_probability, only_last, rng)
+        (part, parts), lengths = self.share, drawn.lengths
+        if parts > 1:
+            hidden = hidden[np.repeat(np.arange(len(lengths)) % parts == part, lengths)]
+            drawn = drawn.take(np.arange(part, len(lengths), parts))
+            if not len(drawn): return None
         return collate(drawn.items, drawn.lengths, hidden, self.n_items, self.row_length, text=self.text,
                        read=lambda contexts: np.flatnonzero(rng.random(contexts) < self.read_share))
 
-    def epoch(self, epoch: int, first: int = 0) -> Iterator[Batch]:
+    def epoch(self, epoch: int, first: int = 0) -> Iterator[Batch | None]:
         "The batches of one epoch from step `first` on."
         order = self.order(epoch)
         return (self.batch(epoch, step, order) for step in range(first, len(self)))

@@ -25,7 +25,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from .sequences import Split
+from .parallel import Team
+from .sequences import Holdout, Split
 from .masking import Batch, TrainingBatches
 from .metrics import Ranks, evaluate, evaluating
 from .text import TokenStates, has_bf16
@@ -138,24 +139,21 @@ class Trainer:
     ):
         match_model(model, split, config, text)
         self.text = text
-        self.split, self.config, self.folder, self.progress = split, config, folder and Path(folder), progress
+        self.accelerator = Accelerator()
+        self.team = Team()
+        self.split, self.config, self.folder, self.progress = split, config, folder and Path(folder), progress and self.team.rank == 0
         self.batches = TrainingBatches(split.train, split.n_items, config.batch_size, config.max_len, config.row_length,
                                        config.mask_probability, config.last_mask_share, config.window_stride, config.seed,
-                                       text, config.read_share)
+                                       text, config.read_share, (self.team.rank, self.team.size))
         self.steps = config.epochs * len(self.batches)
-        self.accelerator = Accelerator()
-        if self.accelerator.num_processes > 1:
-            raise ValueError(f"{self.accelerator.num_processes} processes were started; the trainer works in one: leave out "
-                             "accelerate launch or torchrun")
         self.bf16 = config.precision == "bf16" or config.precision == "auto" and has_bf16()
         groups = [{"params": params, "weight_decay": decay, "rate": rate}
                   for is_matrix, decay in ((True, config.weight_decay), (False, 0.0))
                   for is_reader, rate in ((False, 1.0), (True, config.reader_rate))
                   if (params := [p for name, p in model.named_parameters()
                                  if (p.ndim > 1) == is_matrix and name.startswith("reader.") == is_reader])]
-        optimizer = torch.optim.AdamW(groups, lr=config.learning_rate, betas=(config.beta1, config.beta2),
-                                      fused=True)
-        self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
+        self.model = model.to(self.accelerator.device)
+        self.optimizer = torch.optim.AdamW(groups, lr=config.learning_rate, betas=(config.beta1, config.beta2), fused=True)
         self.best: dict[str, Tensor] = {}
         self.at = Progress()
 
@@ -166,20 +164,23 @@ class Trainer:
 # %% ../nbs/11_trainer.ipynb #580dac34
 @patch
 def step(self: Trainer,
-    batch: Batch,
-) -> float:  # the loss
+    batch: Batch | None,  # this process's share of the step; None where it has none
+) -> float:  # the loss, of all processes
     "One step of training on one batch. Raises FloatingPointError when the loss is not finite."
-    config, at = self.config, self.at
-    torch.manual_seed(int(np.random.SeedSequence([config.seed, at.step]).generate_state(1)[0]))
+    config, at, team, device = self.config, self.at, self.team, self.accelerator.device
+    noise = [config.seed, at.step] + [team.rank] * (team.rank > 0)
+    torch.manual_seed(int(np.random.SeedSequence(noise).generate_state(1)[0]))
     for group in self.optimizer.param_groups: group["lr"] = group["rate"] * learning_rate(at.step, self.steps, config)
-    with torch.autocast(self.accelerator.device.type, torch.bfloat16, enabled=self.bf16):
-        losses = self.model.loss(batch.to(self.accelerator.device))
-    loss = sum(total / count for total, count in losses.values())
+    with torch.autocast(device.type, torch.bfloat16, enabled=self.bf16):
+        losses = {} if batch is None else self.model.loss(batch.to(device))
+    counts = team.total({name: count for name, (_, count) in losses.items()})
+    loss = sum((total / counts[name] for name, (total, _) in losses.items()), torch.zeros(()))
     self.optimizer.zero_grad()
-    self.accelerator.backward(loss)
-    self.accelerator.clip_grad_norm_(self.model.parameters(), config.clip_norm)
+    if losses: loss.backward()
+    team.add_gradients(list(self.model.parameters()))
+    nn.utils.clip_grad_norm_(self.model.parameters(), config.clip_norm)
     self.optimizer.step()
-    if not math.isfinite(value := loss.item()):
+    if not math.isfinite(value := sum(team.gather(loss.item()))):
         raise FloatingPointError(f"the loss is {value} at step {at.step} (epoch {at.epoch + 1}): "
                                  "lower learning_rate, or train with precision='fp32'")
     at.step, at.loss_sum, at.loss_steps = at.step + 1, at.loss_sum + value, at.loss_steps + 1
@@ -193,11 +194,23 @@ def refresh(self: Trainer):
     with evaluating(self.model): self.model.refresh(self.text.chunks())
 
 @patch
+def rank(self: Trainer,
+    holdout: Holdout,
+) -> Ranks:  # of all its users
+    "Evaluate the model, each process on its share of the users."
+    mine, whole = self.team.share(len(holdout.targets)), np.empty((2, len(holdout.targets)), np.int64)
+    part = Holdout(holdout.users[mine], holdout.history.take(mine), holdout.targets[mine]) if self.team.size > 1 else holdout
+    found = evaluate(self.model, part, self.split.n_items, self.config.max_len, self.config.row_length)
+    for i, (rank, pessimistic) in enumerate(self.team.gather((found.rank, found.pessimistic))):
+        whole[:, i :: self.team.size] = rank, pessimistic
+    return Ranks(holdout.users, *whole)
+
+@patch
 def validate(self: Trainer) -> Ranks:
     "Ranks of the validation targets; the weights are remembered if they are the best so far."
     start = time.perf_counter()
     self.refresh()
-    ranks = evaluate(self.model, self.split.validation, self.split.n_items, self.config.max_len, self.config.row_length)
+    ranks = self.rank(self.split.validation)
     if (value := ranks.metrics()["ndcg@10_pessimistic"]) > self.at.best_value:
         self.at.best_epoch, self.at.best_value, self.best = self.at.epoch, value, self.weights()
     self.at.eval_seconds += time.perf_counter() - start
@@ -229,8 +242,8 @@ def identity(self: Trainer) -> dict:
 
 @patch
 def save(self: Trainer):
-    "Write a checkpoint below `folder` and delete the older ones."
-    if self.folder is None: return
+    "Write a checkpoint below `folder` and delete the older ones; one process does it for all."
+    if self.folder is None or self.team.rank: return
     moments = {f"{i}.{name}": value for i, state in self.optimizer.state_dict()["state"].items()
                for name, value in state.items()}
     part, whole = self.folder / "part.tmp", self.folder / f"epoch-{self.at.epoch:05d}-step-{self.at.step:08d}"
@@ -307,7 +320,7 @@ def fit(self: Trainer) -> TrainResult:
             self.save()
             bar.set_postfix(epoch=at.epoch, loss=f"{at.history[-1]['loss']:.3f}", best=f"{at.best_value:.4f}")
     self.model.load_state_dict(self.best)
-    ranks = evaluate(self.model, self.split.validation, self.split.n_items, self.config.max_len, self.config.row_length)
+    ranks = self.rank(self.split.validation)
     peak = (torch.cuda.max_memory_allocated(device) / 2**20 if device.type == "cuda"
             else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10)
     return TrainResult(pd.DataFrame(at.history), ranks, at.best_epoch, at.epoch, at.step, at.train_seconds,

@@ -9,7 +9,7 @@ from flare import benchmark
 from flare.benchmark import generated_events, read_events
 
 SMALL = ["--hidden-size", "16", "--ffn", "32", "--threads", "1", "--batch-size", "64"]
-KEYS = {"epoch_s", "steps", "tokens_per_s", "fill", "eval_s", "peak_mb", "recall@10", "ndcg@10"}
+KEYS = {"epoch_s", "steps", "tokens_per_s", "fill", "masks", "batch_share", "eval_s", "peak_mb", "recall@10", "ndcg@10"}
 
 
 @pytest.fixture
@@ -35,7 +35,7 @@ def test_one_line_with_everything(csv, capsys, more, steps, users):
     ("user,item\nann,lamp\n", [], "lacks the columns ['timestamp']"),
     ("user,item,timestamp\nann,lamp,1\n", [], "nothing to test on"),
     (None, ["--text", "minilm", "--model", "flare"], "random:384:32"), (None, ["--dropout", "2"], "dropout is 2.0"),
-    (None, ["--heads", "3"], "heads=3"), (None, ["--epochs", "0"], "epochs is 0")])
+    (None, ["--hidden-size", str(2**40), "--heads", "1"], "lower hidden_size"), (None, ["--heads", "3"], "heads=3"), (None, ["--epochs", "0"], "epochs is 0")])
 def test_what_is_wrong_is_said_in_one_line(csv, capsys, content, more, message):
     if content is not None: csv.write_text(content)
     assert benchmark.main(["--csv", str(csv), *SMALL, *more]) == 2

@@ -6,9 +6,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from ranx import Qrels, Run
 from ranx import evaluate as ranx_evaluate
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from flare.data import Holdout, Sequences
 from flare.metrics import METRICS, Ranks, by_popularity, evaluate, paired_bootstrap, popularity_deciles, target_ranks
+from flare.models import FlareConfig, FlareModel
 
 NAMES = {"recall@1": "recall@1", "recall@5": "recall@5", "recall@10": "recall@10", "ndcg@10": "ndcg@10", "mrr": "mrr"}
 
@@ -101,17 +104,52 @@ class FromTable(torch.nn.Module):
         return self.table[last][:, item_slice]
 
 
-@pytest.mark.parametrize("row_length, budget, batch_size", [(None, 2**25, 512), (16, 2**25, 7), (64, 100, 512)])
-def test_evaluate_equals_ranks_of_the_whole_matrix(row_length, budget, batch_size):
+@pytest.mark.parametrize("row_length, budget, batch_size, piece", [(None, 2**25, 512, 30), (16, 2**25, 7, 99), (64, 100, 512, 30),
+                                                                   (64, None, 512, 7), (64, 9, 5, 1), (None, 40, 3, 16)])
+def test_evaluate_equals_ranks_of_the_whole_matrix(row_length, budget, batch_size, piece):
     rng, items = np.random.default_rng(0), 30
     history = Sequences.from_lists([rng.integers(items, size=n).tolist() for n in rng.integers(1, 12, size=40)])
     holdout = Holdout(rng.permutation(40) + 100, history, rng.integers(items, size=40))
     model = FromTable(tied_scores(1, items, items)[0]).train()
-    ranks = evaluate(model, holdout, items, max_len=5, row_length=row_length, budget=budget, batch_size=batch_size)
+    ranks = evaluate(model, holdout, items, max_len=5, row_length=row_length, budget=budget, batch_size=batch_size,
+                     piece=piece, top=4)
     whole = ranks_of(model.table.detach()[history.last], torch.from_numpy(holdout.targets))
     assert np.array_equal(ranks.users, holdout.users)
     assert np.array_equal(ranks.rank, whole.rank) and np.array_equal(ranks.pessimistic, whole.pessimistic)
-    assert model.training and model.widest <= max(1, min(batch_size, budget // items))
+    assert model.training and model.widest <= max(1, min(batch_size, (budget or 2**22) // min(items, piece)))
+    best = model.table.detach()[history.last].sort(1, descending=True)[0][:, :4]
+    assert torch.equal(model.table.detach()[history.last].gather(1, torch.from_numpy(ranks.top)), best)  # equals may change places
+    assert all(len(set(row)) == 4 for row in ranks.top.tolist())
+    assert evaluate(model, holdout, items, max_len=5, top=99).top.shape == (40, 30)
+    assert evaluate(model, holdout, items, max_len=5).top is None
+
+
+class Widest(TorchDispatchMode):
+    "The most elements of any tensor that is made."
+    most = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        self.most = max([self.most, *(x.numel() for x in tree_leaves(out) if isinstance(x, torch.Tensor))])
+        return out
+
+
+@pytest.mark.parametrize("text", [False, True])
+def test_a_model_that_scores_piece_by_piece_makes_its_states_once_and_no_whole_matrix(text):
+    torch.manual_seed(0)
+    rng, items = np.random.default_rng(0), 3000
+    holdout = Holdout(np.arange(90), Sequences.from_lists([rng.integers(items, size=n).tolist() for n in rng.integers(1, 9, size=90)]),
+                      rng.integers(items, size=90))
+    model = FlareModel(FlareConfig(n_items=items, max_len=10, hidden_size=8, heads=2, ffn_size=16,
+                                   **(dict(modalities=("text",), text_width=6, reader="mean") if text else {})))
+    model.item_embedding.weight.data[1000:] = model.item_embedding.weight.data[:2000].clone()  # every item has an equal elsewhere
+    encoded, encode = [], model.encode
+    model.encode = lambda batch, *given: encoded.append(batch.n_sequences) or encode(batch, *given)
+    whole = evaluate(model, holdout, items, max_len=10, piece=items)
+    encoded.clear()
+    with Widest() as seen: pieces = evaluate(model, holdout, items, max_len=10, piece=250)
+    assert pieces.equal(whole) and whole.tied > 0.6 and sum(encoded) == 90
+    assert seen.most <= max(items * 8, 90 * 250)
 
 
 def test_evaluate_names_the_user_of_a_later_batch():

@@ -1,0 +1,69 @@
+"The plan of a training's memory against what a training takes."
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+
+from flare import memory
+from flare.memory import free_memory, plan_memory
+from flare.models import FlareConfig
+from flare.trainer import TrainConfig
+
+TRAINING = """
+import sys, torch
+from pathlib import Path
+from flare.benchmark import generated_events, random_states
+from flare.data import leave_one_out, to_catalogue, to_events
+from flare.memory import plan_memory
+from flare.models import FlareConfig, FlareModel
+from flare.trainer import TrainConfig, Trainer
+import pandas as pd
+
+def now(): return next(int(line.split()[1]) for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(sys.argv[1]))
+
+torch.set_num_threads(1)
+items, text = 60_000, random_states("random:32:4", 60_000) if sys.argv[2] == "flare" else None
+events = generated_events(9_000, items).astype({"user": str, "item": str})
+split = leave_one_out(to_events(Path("x"), "x", events, to_catalogue(pd.DataFrame({"item": pd.unique(events["item"]), "title": ""})), {}))
+reading = dict(modalities=("text",), text_width=32, perceiver_size=32, latents=2) if text else {}
+config = FlareConfig(n_items=items, hidden_size=128, heads=2, ffn_size=256, **reading)
+training = TrainConfig(epochs=1, batch_size=64, precision="fp32")
+plan, before = plan_memory(config, training, text, float(split.train.lengths.mean())), now()
+trainer = Trainer(FlareModel(config), split, training, progress=False, text=text)
+trainer.model.train()
+for step in range(4): trainer.step(trainer.batches.batch(0, step))
+trainer.validate()
+print(plan.total / 2**20, (now() - before) / 2**10)
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+@pytest.mark.parametrize("model", ["bert4rec", "flare"])
+def test_a_plan_is_near_what_a_training_takes(model):
+    said = subprocess.run([sys.executable, "-c", TRAINING, "VmRSS:", model], capture_output=True, text=True, check=True).stdout
+    planned, taken = map(float, said.split())
+    assert 0.6 * taken < planned < 1.7 * taken, said
+
+
+def test_what_cannot_fit_is_refused_with_a_remedy_and_what_fits_is_not():
+    plan = plan_memory(FlareConfig(n_items=5_000, hidden_size=64, heads=2), TrainConfig())
+    replace(plan, free=plan.total).check()
+    replace(plan, free=None).check()
+    with pytest.raises(MemoryError, match="5,000 items are 64 wide: lower hidden_size"): replace(plan, free=plan.total - 1).check()
+
+
+def test_texts_and_steps_are_in_the_plan():
+    config, reading = (FlareConfig(n_items=5_000, hidden_size=64, heads=2, **more) for more in ({}, {"modalities": ("text",)}))
+    plain, wide = (plan_memory(config, TrainConfig(batch_size=size)) for size in (64, 640))
+    assert wide.parts["a step"] > 5 * plain.parts["a step"] and wide.parts["weights"] == plain.parts["weights"]
+    assert plan_memory(reading, TrainConfig()).parts["context table"] == 4 * 5_000 * 4 * 256 and plain.parts["context table"] == 0
+
+
+@pytest.mark.parametrize("files, free", [({"meminfo": "MemTotal: 9 kB\nMemAvailable: 7 kB\n"}, 7 * 1024),
+    ({"meminfo": "MemAvailable: 7 kB\n", "memory.max": "5000\n", "memory.current": "3000\n", "memory.stat": "inactive_file 500\n"}, 2500),
+    ({"meminfo": "MemAvailable: 7 kB\n", "memory.max": "max\n", "memory.current": "3000\n"}, 7 * 1024), ({}, None)])
+def test_a_container_has_what_is_left_to_its_limit(monkeypatch, tmp_path, files, free):
+    for name, content in files.items(): (tmp_path / name).write_text(content)
+    monkeypatch.setattr(memory, "Path", lambda path: tmp_path / "meminfo" if "meminfo" in path else tmp_path)
+    assert free_memory() == free

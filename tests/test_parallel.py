@@ -1,0 +1,103 @@
+"Two processes against one, and a process that dies."
+import os
+import socket
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from flare.data import leave_one_out, load_dataset
+from flare.masking import TrainingBatches
+
+PROGRAM = """
+import os, sys, torch
+import numpy as np
+from accelerate import Accelerator
+from safetensors.torch import save_file
+from flare.data import leave_one_out, load_dataset
+from flare.models import FlareConfig, FlareModel
+from flare.text import TokenStates
+from flare.trainer import TrainConfig, Trainer
+
+torch.set_num_threads(1)
+out, folder, kind, dies = sys.argv[1:]
+split = leave_one_out(load_dataset("ml-100k"))
+counts = np.where(np.arange(split.n_items) % 4, 2, 0)
+text = TokenStates(np.random.default_rng(0).standard_normal((counts.sum(), 8)).astype(np.float16), np.cumsum(counts) - counts, counts)
+reading = dict(modalities=("text",), text_width=8, perceiver_size=8, perceiver_heads=2, perceiver_layers=1, latents=2, alpha=0.0)
+torch.manual_seed(0)
+model = FlareModel(FlareConfig(n_items=split.n_items, max_len=20, hidden_size=16, heads=2, ffn_size=32, dropout=0.0, embedding_dropout=0.0,
+                               **(reading if kind == "flare" else {})))
+config = TrainConfig(epochs=1, max_len=20, batch_size=256, learning_rate=3e-3, precision="fp32", checkpoint_every=2, read_share=1.0, refresh_every=1)
+trainer = Trainer(model, split, config, folder, progress=False, text=text if kind == "flare" else None)
+step = trainer.step
+def fragile(batch):
+    if dies == "dies" and trainer.at.step == 5 and trainer.team.rank == 1: os._exit(9)
+    return step(batch)
+trainer.step = fragile
+result = trainer.fit()
+assert len(result.validation) == len(split.validation.targets)
+if Accelerator().is_main_process:
+    save_file({"weights": torch.cat([p.detach().flatten() for p in model.parameters()]), "ranks": torch.from_numpy(result.validation.rank.copy()),
+               "loss": torch.tensor(result.history["loss"].to_numpy(dtype=float))}, out)
+"""
+
+
+def port():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return str(free.getsockname()[1])
+
+
+def quiet():
+    "The environment without what an outer launcher may have left."
+    return {k: v for k, v in os.environ.items() if k not in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")} | {"OMP_NUM_THREADS": "1"}
+
+
+@pytest.mark.parametrize("kind", ["bert4rec", "flare"])
+def test_accelerate_launch_with_two_processes_trains_as_one_does(tmp_path, kind):
+    (tmp_path / "program.py").write_text(PROGRAM)
+    two = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no",
+           "--dynamo_backend", "no", "--main_process_port", port()]
+    for name, call in {"one": [sys.executable], "two": two}.items():
+        done = subprocess.run([*call, str(tmp_path / "program.py"), str(tmp_path / name), str(tmp_path / f"{name}-checkpoints"), kind, "no"],
+                              env=quiet() | {"ACCELERATE_USE_CPU": "true"}, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-3000:]
+    one, two = load_file(tmp_path / "one"), load_file(tmp_path / "two")
+    torch.testing.assert_close(two["loss"], one["loss"], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(two["weights"], one["weights"], rtol=0, atol=2e-4)
+    assert (one["ranks"] - two["ranks"]).abs().float().mean() < 0.5
+
+
+def test_when_a_process_dies_the_other_says_so_and_the_checkpoint_is_whole(tmp_path):
+    at, folder = port(), tmp_path / "checkpoints"
+    both = [quiet() | {"RANK": r, "LOCAL_RANK": r, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": at, "ACCELERATE_USE_CPU": "true"}
+            for r in "01"]
+    call = [sys.executable, "-c", PROGRAM, str(tmp_path / "out"), str(folder), "bert4rec"]
+    running = [subprocess.Popen([*call, "dies"], env=env, stderr=subprocess.PIPE, text=True) for env in both]
+    said = [process.communicate(timeout=120)[1] for process in running]
+    assert running[1].returncode == 9 and running[0].returncode == 1
+    assert "RuntimeError: process 0 of 2 has lost another one" in said[0] and "start all processes again" in said[0]
+    assert [path.name for path in folder.iterdir()] == ["epoch-00000-step-00000004"]
+    subprocess.run([*call, "no"], env=quiet(), check=True)  # one process can go on as well
+    assert (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("parts", [2, 3])
+def test_the_shares_of_a_step_are_the_step(parts):
+    sequences = leave_one_out(load_dataset("ml-100k")).train
+    whole = TrainingBatches(sequences, 1682, 100, 20).batch(1, 3)
+    shares = [TrainingBatches(sequences, 1682, 100, 20, share=(i, parts)).batch(1, 3) for i in range(parts)]
+    assert sorted(torch.cat([b.targets for b in shares]).tolist()) == sorted(whole.targets.tolist())
+    assert sum(b.n_sequences for b in shares) == whole.n_sequences
+    counts = [np.bincount(torch.cat([b.items.flatten() for b in batches]), minlength=1684)[:1683] for batches in (shares, [whole])]
+    assert np.array_equal(*counts)
+
+
+def test_a_share_may_be_empty():
+    sequences = leave_one_out(load_dataset("ml-100k")).train.take(np.arange(1))
+    batches = TrainingBatches(sequences, 1682, 1, 300, row_length=None, share=(1, 2))
+    assert batches.batch(0, 0) is None and TrainingBatches(sequences, 1682, 1, 300, row_length=None, share=(0, 2)).batch(0, 0).n_sequences == 1
