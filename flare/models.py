@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from .layers import Dropout, Layer
-from .losses import contrastive_loss, masked_item_loss
+from .losses import contrastive_loss, masked_item_loss, sampled_item_loss
 from .masking import Batch
 from .perceiver import Perceiver, Pooling, pool
 
@@ -37,6 +37,7 @@ class FlareConfig(PreTrainedConfig):
     norm: str = "pre"  # layer norm "pre" the residual branches, or "post" (Bert4Rec)
     head: str = "none"  # between transformer and output: "none", or "transform" (linear, GELU, norm; Bert4Rec)
     output_bias: bool = True  # a learned bias per item on the logits
+    rivals: int = 0  # items that are drawn in a step, all alike, to stand for the catalogue in the softmax; 0: the whole catalogue
     initializer_range: float = 0.02  # standard deviation of the initial weights
     modalities: tuple = ()  # what is added to the ids: ("text",); none of them: Bert4Rec
     text_width: int = 384  # of a token state, as the encoder makes them
@@ -67,6 +68,7 @@ class FlareConfig(PreTrainedConfig):
         for field in ("n_items", "max_len", "hidden_size", "layers", "heads", "ffn_size", "text_width", "latents",
                       "perceiver_size", "perceiver_heads"):
             if getattr(self, field) < 1: raise ValueError(f"FlareConfig.{field} is {getattr(self, field)}; it must be at least 1")
+        if self.rivals < 0: raise ValueError(f"FlareConfig.rivals is {self.rivals}; it must be at least 0")
         for field in ("dropout", "embedding_dropout", "context_dropout", "id_dropout"):
             if not 0 <= getattr(self, field) < 1:
                 raise ValueError(f"FlareConfig.{field} is {getattr(self, field)}; it must be at least 0 and below 1")
@@ -305,6 +307,9 @@ class FlareModel(PreTrainedModel):
                                                 self.config.temperature, self.config.margin)
                 losses["contrastive"] = self.config.alpha * total, count
         pairs = self.logits(self.encode(batch, e, c), e)
+        if self.training and self.config.rivals:
+            rivals = torch.randint(self.config.n_items, (self.config.rivals,), device=e.device)
+            return losses | {"mlm": sampled_item_loss(pairs, batch.targets, rivals, bias=self.output_bias)}
         return losses | {"mlm": masked_item_loss(pairs, batch.targets, self.output_bias)}
 
     def scorer(self, batch: Batch) -> Callable[[slice], Tensor]:  # from a slice of the catalogue to logits (M, items in the slice)

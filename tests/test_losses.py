@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from flare.losses import masked_item_loss
+from flare.losses import masked_item_loss, sampled_item_loss
 
 
 def problem(m, v, tables, biased, learned=True, seed=0):
@@ -79,3 +79,24 @@ def test_no_array_of_masks_times_items_is_made():
     for how, most in (({"most_logits": 0, "chunk_size": chunk}, max(v * d, m * chunk)), ({}, m * v)):  # m: a round number
         with Largest() as seen: run(problem(m, v, (d,), True), **how)
         assert seen.most == most
+
+
+@pytest.mark.parametrize("tables", [(8,), (8, 12)])
+@pytest.mark.parametrize("biased", [True, False])
+def test_a_sample_of_everything_is_everything(tables, biased):
+    given = problem(9, 60, tables, biased)
+    rivals = torch.arange(60).repeat(3)  # each item three times
+    whole, sample = run(given), run(given, loss=lambda pairs, targets, bias: sampled_item_loss(pairs, targets, rivals, bias=bias))
+    for a, b in zip(whole, sample): torch.testing.assert_close(b, a, rtol=1e-4, atol=1e-5)
+
+
+def test_the_sampled_softmax_is_right_on_average_however_items_are_drawn():
+    pairs, targets, _ = problem(4, 50, (8,), False, learned=False)
+    exact = torch.cat([masked_item_loss([(pairs[0][0][i : i + 1], pairs[0][1])], targets[i : i + 1])[0].exp()[None] for i in range(4)])
+    log_q = torch.linspace(0, 3, 50).log_softmax(0)
+    torch.manual_seed(0)
+    for q in (None, log_q):
+        draws = [torch.randint(50, (30,)) if q is None else torch.multinomial(q.exp(), 30, replacement=True) for _ in range(3000)]
+        found = torch.stack([torch.stack([sampled_item_loss([(pairs[0][0][i : i + 1], pairs[0][1])], targets[i : i + 1], d, q)[0].exp()
+                                          for i in range(4)]) for d in draws])
+        torch.testing.assert_close(found.mean(0), exact, rtol=0.05, atol=0)

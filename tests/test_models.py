@@ -229,6 +229,16 @@ def test_biases_by_distance_are_a_lookup():
     torch.testing.assert_close(*(torch.autograd.grad((x * weight).sum(), table)[0] for x in (ours, theirs)))
 
 
+def test_rivals_are_for_training_only():
+    model, batch = make(**SMALL, rivals=10).train(), random_batch(1, 64)
+    torch.manual_seed(0)
+    sampled = [model.loss(batch)["mlm"][0].item() for _ in range(3)]
+    assert len(set(sampled)) == 3  # other rivals each time
+    whole = make(**SMALL).train().loss(batch)["mlm"][0].item()
+    assert abs(sum(sampled) / 3 - whole) < 0.1 * whole and model.eval().loss(batch)["mlm"][0].item() == pytest.approx(whole)
+    with pytest.raises(ValueError, match="rivals is -1"): FlareConfig(**SMALL, rivals=-1)
+
+
 def test_logits_are_those_of_id_plus_context():
     model, batch = make(**FLARE), random_batch(1, 64)
     h = model.encode(batch, model.ids(), model.contexts(batch)[0])
