@@ -18,6 +18,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from .layers import Dropout, Layer
 from .losses import contrastive_loss, masked_item_loss, sampled_item_loss
 from .masking import Batch
+from .parallel import lookup
 from .perceiver import Perceiver, Pooling, pool
 
 # %% ../nbs/09_models.ipynb #1c0e78fc
@@ -263,7 +264,7 @@ class FlareModel(PreTrainedModel):
         "What the transformer makes of each masked position."
         hidden_item = (batch.items >= self.config.n_items)[..., None]  # (R, W, 1) masks; padding counts as one
         sparse = e.is_leaf and self.config.output_tie != "none"  # added to the dense gradient of the output
-        x = F.embedding(batch.items.clamp(max=self.config.n_items - 1), e, sparse=sparse)  # (R, W, d)
+        x = lookup(e, batch.items.clamp(max=self.config.n_items - 1), sparse)  # (R, W, d)
         if c is not None:
             c = F.dropout(self.project(c), self.config.context_dropout, self.training)  # (C, d)
             x = x + F.embedding(batch.context_index, c)
@@ -303,7 +304,7 @@ class FlareModel(PreTrainedModel):
             if self.training: self.context_table.put(items, fresh)
             said = self.of_items(batch, batch.counts)[1] > 0
             if self.config.alpha and said.any():
-                total, count = contrastive_loss(self.item_embedding(items[said]), self.project(fresh[said]),
+                total, count = contrastive_loss(lookup(self.item_embedding.weight, items[said]), self.project(fresh[said]),
                                                 self.config.temperature, self.config.margin)
                 losses["contrastive"] = self.config.alpha * total, count
         pairs = self.logits(self.encode(batch, e, c), e)

@@ -23,9 +23,10 @@ from fastcore.basics import patch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from tqdm.auto import tqdm
 
-from .parallel import Team
+from .parallel import Team, clip, like, put_together, whole
 from .sequences import Holdout, Split
 from .masking import Batch, TrainingBatches
 from .metrics import Ranks, evaluate, evaluating
@@ -149,9 +150,9 @@ class Trainer:
         self.bf16 = config.precision == "bf16" or config.precision == "auto" and has_bf16()
         groups = [{"params": params, "weight_decay": decay, "rate": rate}
                   for is_matrix, decay in ((True, config.weight_decay), (False, 0.0))
-                  for is_reader, rate in ((False, 1.0), (True, config.reader_rate))
-                  if (params := [p for name, p in model.named_parameters()
-                                 if (p.ndim > 1) == is_matrix and name.startswith("reader.") == is_reader])]
+                  for is_reader, rate in ((False, 1.0), (True, config.reader_rate)) for in_parts in (False, True)
+                  if (params := [p for name, p in model.named_parameters() if (p.ndim > 1) == is_matrix
+                                 and name.startswith("reader.") == is_reader and isinstance(p, DTensor) == in_parts])]
         self.model = model.to(self.accelerator.device)
         self.optimizer = torch.optim.AdamW(groups, lr=config.learning_rate, betas=(config.beta1, config.beta2), fused=True)
         self.best: dict[str, Tensor] = {}
@@ -159,7 +160,14 @@ class Trainer:
 
     def weights(self) -> dict[str, Tensor]:
         "A copy of the model's weights and buffers."
-        return {name: value.detach().clone() for name, value in self.model.state_dict().items()}
+        return {name: whole(value.detach()).clone() for name, value in self.model.state_dict().items()}
+
+    def load(self,
+        weights: dict[str, Tensor],  # from `weights`
+    ):
+        "Copy them into the model."
+        mine = self.model.state_dict()
+        self.model.load_state_dict({name: like(value, mine[name]) for name, value in weights.items()})
 
 # %% ../nbs/11_trainer.ipynb #580dac34
 @patch
@@ -178,7 +186,7 @@ def step(self: Trainer,
     self.optimizer.zero_grad()
     if losses: loss.backward()
     team.add_gradients(list(self.model.parameters()))
-    nn.utils.clip_grad_norm_(self.model.parameters(), config.clip_norm)
+    clip(list(self.model.parameters()), config.clip_norm)
     self.optimizer.step()
     if not math.isfinite(value := sum(team.gather(loss.item()))):
         raise FloatingPointError(f"the loss is {value} at step {at.step} (epoch {at.epoch + 1}): "
@@ -200,7 +208,7 @@ def rank(self: Trainer,
     "Evaluate the model, each process on its share of the users."
     mine, whole = self.team.share(len(holdout.targets)), np.empty((2, len(holdout.targets)), np.int64)
     part = Holdout(holdout.users[mine], holdout.history.take(mine), holdout.targets[mine]) if self.team.size > 1 else holdout
-    found = evaluate(self.model, part, self.split.n_items, self.config.max_len, self.config.row_length)
+    with put_together(self.model): found = evaluate(self.model, part, self.split.n_items, self.config.max_len, self.config.row_length)
     for i, (rank, pessimistic) in enumerate(self.team.gather((found.rank, found.pessimistic))):
         whole[:, i :: self.team.size] = rank, pessimistic
     return Ranks(holdout.users, *whole)
@@ -243,17 +251,19 @@ def identity(self: Trainer) -> dict:
 @patch
 def save(self: Trainer):
     "Write a checkpoint below `folder` and delete the older ones; one process does it for all."
-    if self.folder is None or self.team.rank: return
-    moments = {f"{i}.{name}": value for i, state in self.optimizer.state_dict()["state"].items()
-               for name, value in state.items()}
-    part, whole = self.folder / "part.tmp", self.folder / f"epoch-{self.at.epoch:05d}-step-{self.at.step:08d}"
+    if self.folder is None: return
+    weights = self.weights()  # all processes put together what they have parts of
+    moments = {f"{name}.{moment}": whole(value) for name, p in self.model.named_parameters()
+               for moment, value in self.optimizer.state.get(p, {}).items()}
+    if self.team.rank: return
+    part, done = self.folder / "part.tmp", self.folder / f"epoch-{self.at.epoch:05d}-step-{self.at.step:08d}"
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir(parents=True)
-    for name, tensors in {"weights": self.weights(), "optimizer": moments, "best": self.best}.items():
+    for name, tensors in {"weights": weights, "optimizer": moments, "best": self.best}.items():
         save_file(tensors, part / f"{name}.safetensors")
     (part / "state.json").write_text(json.dumps({"progress": asdict(self.at), "run": self.identity()}, indent=1))
     older = list(self.folder.glob("epoch-*"))
-    os.replace(part, whole)
+    os.replace(part, done)
     for path in older: shutil.rmtree(path)
 
 # %% ../nbs/11_trainer.ipynb #8fbce956
@@ -273,12 +283,11 @@ def restore(self: Trainer):
         raise ValueError(f"{found[-1]} is a checkpoint of another run: " + "; ".join(
             f"{k} is {theirs.get(k)!r} there and {mine.get(k)!r} here" for k in differs)
             + ". Use the same values, or another folder")
-    optimizer = self.optimizer.state_dict()
+    mine = dict(self.model.named_parameters())
     for key, value in moments.items():
-        index, name = key.split(".")
-        optimizer["state"].setdefault(int(index), {})[name] = value
-    self.optimizer.load_state_dict(optimizer)
-    self.model.load_state_dict(weights)
+        name, _, moment = key.rpartition(".")
+        self.optimizer.state[mine[name]][moment] = value.to(mine[name].device) if value.ndim == 0 else like(value.to(mine[name].device), mine[name])
+    self.load(weights)
     self.at = Progress(**state["progress"])
 
 # %% ../nbs/11_trainer.ipynb #2536d452
@@ -319,7 +328,7 @@ def fit(self: Trainer) -> TrainResult:
             self.close_epoch()
             self.save()
             bar.set_postfix(epoch=at.epoch, loss=f"{at.history[-1]['loss']:.3f}", best=f"{at.best_value:.4f}")
-    self.model.load_state_dict(self.best)
+    self.load(self.best)
     ranks = self.rank(self.split.validation)
     peak = (torch.cuda.max_memory_allocated(device) / 2**20 if device.type == "cuda"
             else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10)

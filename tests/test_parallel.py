@@ -19,6 +19,7 @@ from accelerate import Accelerator
 from safetensors.torch import save_file
 from flare.data import leave_one_out, load_dataset
 from flare.models import FlareConfig, FlareModel
+from flare.parallel import shard_rows
 from flare.text import TokenStates
 from flare.trainer import TrainConfig, Trainer
 
@@ -30,9 +31,14 @@ text = TokenStates(np.random.default_rng(0).standard_normal((counts.sum(), 8)).a
 reading = dict(modalities=("text",), text_width=8, perceiver_size=8, perceiver_heads=2, perceiver_layers=1, latents=2, alpha=0.0)
 torch.manual_seed(0)
 model = FlareModel(FlareConfig(n_items=split.n_items, max_len=20, hidden_size=16, heads=2, ffn_size=32, dropout=0.0, embedding_dropout=0.0,
-                               **(reading if kind == "flare" else {})))
+                               **(reading if "flare" in kind else {})))
+if "parts" in kind and int(os.environ.get("WORLD_SIZE", 1)) > 1:
+    Accelerator()  # brings the processes together
+    whole = model.item_embedding.weight.numel()
+    shard_rows(model)
+    assert abs(2 * model.item_embedding.weight.to_local().numel() - whole) <= 32
 config = TrainConfig(epochs=1, max_len=20, batch_size=256, learning_rate=3e-3, precision="fp32", checkpoint_every=2, read_share=1.0, refresh_every=1)
-trainer = Trainer(model, split, config, folder, progress=False, text=text if kind == "flare" else None)
+trainer = Trainer(model, split, config, folder, progress=False, text=text if "flare" in kind else None)
 step = trainer.step
 def fragile(batch):
     if dies == "dies" and trainer.at.step == 5 and trainer.team.rank == 1: os._exit(9)
@@ -57,7 +63,7 @@ def quiet():
     return {k: v for k, v in os.environ.items() if k not in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")} | {"OMP_NUM_THREADS": "1"}
 
 
-@pytest.mark.parametrize("kind", ["bert4rec", "flare"])
+@pytest.mark.parametrize("kind", ["bert4rec", "flare", "bert4rec in parts", "flare in parts"])
 def test_accelerate_launch_with_two_processes_trains_as_one_does(tmp_path, kind):
     (tmp_path / "program.py").write_text(PROGRAM)
     two = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no",
@@ -76,13 +82,13 @@ def test_when_a_process_dies_the_other_says_so_and_the_checkpoint_is_whole(tmp_p
     at, folder = port(), tmp_path / "checkpoints"
     both = [quiet() | {"RANK": r, "LOCAL_RANK": r, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": at, "ACCELERATE_USE_CPU": "true"}
             for r in "01"]
-    call = [sys.executable, "-c", PROGRAM, str(tmp_path / "out"), str(folder), "bert4rec"]
+    call = [sys.executable, "-c", PROGRAM, str(tmp_path / "out"), str(folder), "bert4rec in parts"]
     running = [subprocess.Popen([*call, "dies"], env=env, stderr=subprocess.PIPE, text=True) for env in both]
     said = [process.communicate(timeout=120)[1] for process in running]
     assert running[1].returncode == 9 and running[0].returncode == 1
     assert "RuntimeError: process 0 of 2 has lost another one" in said[0] and "start all processes again" in said[0]
     assert [path.name for path in folder.iterdir()] == ["epoch-00000-step-00000004"]
-    subprocess.run([*call, "no"], env=quiet(), check=True)  # one process can go on as well
+    subprocess.run([*call, "no"], env=quiet(), check=True)  # one process, with the whole table, can go on as well
     assert (tmp_path / "out").exists()
 
 
