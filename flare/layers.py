@@ -31,7 +31,8 @@ class Drop(torch.autograd.Function):
     ) -> Tensor:  # like x
         "Some of it."
         draws = torch.empty((x.numel() + 7) // 8, dtype=torch.int64, device=x.device).random_(-(2**63), None)  # 8 bytes each
-        keep = (draws.view(torch.uint8)[: x.numel()].view(x.shape) >= dropped).to(x.dtype).mul_(256 / (256 - dropped))
+        keep = (draws.view(torch.uint8)[: x.numel()].view(x.shape) >= dropped).view(torch.int8)  # 0 or 1; a bool would convert slowly
+        keep = keep.to(x.dtype).mul_(256 / (256 - dropped))
         ctx.save_for_backward(keep)
         return x * keep
 

@@ -245,7 +245,7 @@ def evaluate(
     device: torch.device | str | None = None,  # where batches go; None: where the model is
     budget: int | None = None,  # most scores at once, users × items; None: 2**22 on a CPU (16 MiB in float32), 2**28 elsewhere
     batch_size: int = 512,  # most users at once
-    piece: int = 2**13,  # most items at once
+    piece: int = 2**12,  # items at once, about
     top: int = 0,  # items to list for each user, from the same pass
 ) -> Ranks:  # in the order of the holdout
     "Rank every target among all items. Raises ValueError on scores of a wrong shape or that are not finite."
@@ -253,7 +253,7 @@ def evaluate(
         raise ValueError("the holdout has no users: leave-one-out needs users with three events or more")
     check_targets(holdout.targets, n_items, holdout.users)
     device = torch.device(device or device_of(model))
-    pieces = np.array_split(np.arange(n_items), -(-n_items // piece))
+    pieces = np.array_split(np.arange(n_items), max(1, round(n_items / piece)))
     size = max(1, min(batch_size, (budget or (2**22 if device.type == "cpu" else 2**28)) // len(pieces[0])))
     order, found = np.searchsorted([p[0] for p in pieces], holdout.targets, side="right") - 1, []  # the piece of each target
     with evaluating(model):

@@ -67,7 +67,7 @@ class Team:
         "Every `size`-th of n, from `rank` on."
         return np.arange(self.rank, n, self.size)
 
-# %% ../nbs/13_parallel.ipynb #b51ec1d2
+# %% ../nbs/13_parallel.ipynb #657fdeab
 def gather_rows(
     rows: Tensor,  # (n, ...) of this process, contiguous; n may differ
     sizes: list[int],  # n of each process
@@ -99,7 +99,7 @@ class GatherRows(torch.autograd.Function):
         team.exchange(dist.all_reduce, grad)
         return grad.split(ctx.sizes)[team.rank], None
 
-
+# %% ../nbs/13_parallel.ipynb #9f353ec0
 class LookupRows(torch.autograd.Function):
     "Rows of a table of which each process has a part; every process asks for some and answers for its part."
 
@@ -145,7 +145,7 @@ def lookup(
     if not isinstance(table, DTensor): return F.embedding(items, table, sparse=sparse)
     return LookupRows.apply(table.to_local(), items.flatten(), first_row(table)).view(*items.shape, -1)
 
-
+# %% ../nbs/13_parallel.ipynb #d4b2c21f
 def shard_rows(
     module: nn.Module,
     names: tuple[str, ...] = ("item_embedding.weight", "output_embedding.weight", "output_bias"),  # of weights with a row for each item

@@ -24,7 +24,7 @@ def use_style() -> None:
 
 # %% ../nbs/00_plots.ipynb #b413f740
 MODEL_COLOURS = {"flare": "#d95f02", "bert4rec": "#1b6ca8", "popularity": "#8c8c8c", "repeat_last": "#b5a27f",
-                 "lir": "#4d9f6f"}
+                 "lir": "#4d9f6f", "rectools": "#7570b3", "recbole": "#a6761d"}
 SPARE_COLOURS = ("#7570b3", "#e7298a", "#a6761d", "#66a61e", "#17a2b8", "#5c3d99")
 
 def colour(

@@ -6,7 +6,7 @@ import pandas as pd
 import pytest
 
 from flare import benchmark
-from flare.benchmark import generated_events, read_events
+from flare.benchmark import generated_events, read_events, read_lines, side_by_side
 
 SMALL = ["--hidden-size", "16", "--ffn", "32", "--threads", "1", "--batch-size", "64"]
 KEYS = {"epoch_s", "steps", "tokens_per_s", "fill", "masks", "batch_share", "eval_s", "peak_mb", "recall@10", "ndcg@10"}
@@ -35,7 +35,7 @@ def test_one_line_with_everything(csv, capsys, more, steps, users):
     ("user,item\nann,lamp\n", [], "lacks the columns ['timestamp']"),
     ("user,item,timestamp\nann,lamp,1\n", [], "nothing to test on"),
     (None, ["--text", "minilm", "--model", "flare"], "random:384:32"), (None, ["--dropout", "2"], "dropout is 2.0"),
-    (None, ["--hidden-size", str(2**40), "--heads", "1"], "lower hidden_size"), (None, ["--heads", "3"], "heads=3"), (None, ["--epochs", "0"], "epochs is 0")])
+    (None, ["--hidden-size", str(2**24), "--heads", "1"], "lower hidden_size"), (None, ["--heads", "3"], "heads=3"), (None, ["--epochs", "0"], "epochs is 0")])
 def test_what_is_wrong_is_said_in_one_line(csv, capsys, content, more, message):
     if content is not None: csv.write_text(content)
     assert benchmark.main(["--csv", str(csv), *SMALL, *more]) == 2
@@ -65,3 +65,15 @@ def test_generated_events_follow_and_are_skewed():
     counts = np.sort(np.bincount(item, minlength=300))[::-1]
     assert counts[0] > 5 * np.median(counts) and counts[-1] > 0
     assert abs(events.groupby("user").size().mean() - 7) < 0.2
+
+
+def test_lines_are_laid_side_by_side(tmp_path):
+    (tmp_path / "speed").mkdir()
+    for i, (system, model, epoch_s, eval_users) in enumerate([("recbole", "bert4rec", 60.0, 10), ("flare", "bert4rec", 1.5, 40), ("flare", "flare", 3.0, 40)]):
+        line = {"system": system, "model": model, "epoch_s": epoch_s, "eval_s": 2.0, "eval_users": eval_users, "users": 40, "items": 9, "steps": 2,
+                "epoch_steps": 2, "peak_mb": 1.0, "base_mb": 1.0, "fill": 1.0, "batch_share": 0.1, "recall@10": 0.1, "ndcg@10": 0.1}
+        (tmp_path / f"speed/{i}.json").write_text(json.dumps({"part": "sides", "shape": "small", "line": line, "environment": {"device": "cpu", "commit": "0"}}))
+    (tmp_path / "speed/9.json").write_text(json.dumps({"part": "users", "shape": "small", "line": line, "environment": {"device": "cpu", "commit": "0"}}))
+    table = side_by_side(read_lines(tmp_path)).loc["small"]
+    assert table.index.tolist() == ["ours", "Flare", "RecBole"]
+    assert table["epoch_s, times ours"].tolist() == [1, 2, 40] and table["eval_s"].tolist() == [2, 2, 8]  # a quarter of the users was ranked

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pandas as pd
 
+from flare.benchmark import read_lines, side_by_side
 from flare.cli import text_table
 from flare.experiments import best_settings, over_seeds, read_records
 
@@ -36,3 +37,9 @@ def test_table_2_and_the_readme_are_those_of_the_records():
     for dataset in ("ml-100k", "recformer/Scientific"):
         for line in text_table(records[records["dataset"] == dataset]).splitlines():
             assert line.rstrip() in readme, f"run nbs/index.ipynb, then make readme: {line}"
+
+
+def test_the_speed_in_the_readme_is_that_of_the_lines():
+    readme = (ROOT / "README.md").read_text()
+    for line in side_by_side(read_lines(ROOT / "paper")).iloc[:, :7].round(3).to_string(na_rep="—").splitlines():
+        assert line.rstrip() in readme, f"run nbs/index.ipynb, then make readme: {line}"
