@@ -7,7 +7,7 @@ import pytest
 
 from flare import memory
 from flare.memory import free_memory, plan_memory
-from flare.models import FlareConfig
+from flare.models import FlareConfig, FlareModel
 from flare.trainer import TrainConfig
 
 TRAINING = """
@@ -56,6 +56,9 @@ def test_what_cannot_fit_is_refused_with_a_remedy_and_what_fits_is_not():
 def test_texts_and_steps_are_in_the_plan():
     config, reading = (FlareConfig(n_items=5_000, hidden_size=64, heads=2, **more) for more in ({}, {"modalities": ("text",)}))
     plain, wide = (plan_memory(config, TrainConfig(batch_size=size)) for size in (64, 640))
+    weights = 4 * sum(p.numel() for p in FlareModel(config).parameters())
+    assert {name: plain.parts[name] for name in ("weights", "gradients", "moments", "best weights")} == {
+        "weights": weights, "gradients": weights, "moments": 2 * weights, "best weights": weights}
     assert wide.parts["a step"] > 5 * plain.parts["a step"] and wide.parts["weights"] == plain.parts["weights"]
     assert plan_memory(reading, TrainConfig()).parts["context table"] == 4 * 5_000 * 4 * 256 and plain.parts["context table"] == 0
 
