@@ -57,7 +57,7 @@ class LinearCrossEntropy(torch.autograd.Function):
         own, log_zs = torch.zeros_like(targets, dtype=torch.float32), []
         for first in range(0, size, chunk):
             logits, p = chunk_softmax(low, bias, slice(first, first + chunk))
-            here = (targets >= first) & (targets < first + chunk)
+            here = (targets >= first) & (targets < min(first + chunk, size))  # of a part, some targets are beyond its end
             own = torch.where(here, logits[:count].gather(1, (targets - first).clamp(0, logits.shape[1] - 1)[:, None])[:, 0].float(), own)
             log_zs.append(logits[:count].amax(1).float() - p[:count].amax(1).float().log())
         log_zs = torch.stack(log_zs)  # (chunks, M)

@@ -92,6 +92,54 @@ def test_when_a_process_dies_the_other_says_so_and_the_checkpoint_is_whole(tmp_p
     assert (tmp_path / "out").exists()
 
 
+PARTS = """
+import os, torch
+import torch.distributed as dist
+from torch import nn
+from flare.losses import masked_item_loss
+from flare.parallel import Team, clip, like, lookup, put_together, shard_rows, whole
+
+dist.init_process_group("gloo")
+rank, size = Team().rank, Team().size
+
+class Tables(nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.item_embedding, self.output_bias, self.mix = nn.Embedding(23, 4), nn.Parameter(torch.randn(23)), nn.Linear(4, 4)
+
+def loss(model, mine):
+    "Of rows looked up, mixed, and compared with the whole catalogue; each process has other rows, and another number of them."
+    items, targets = torch.arange(23).repeat(2)[mine], torch.arange(46).mul(5).remainder(23)[mine]
+    hidden = model.mix(lookup(model.item_embedding.weight, items))
+    return masked_item_loss([(hidden, model.item_embedding.weight)], targets, model.output_bias, **how)[0]
+
+for how in ({}, {"most_logits": 0, "chunk_size": 5}):
+    plain, parts = Tables(), shard_rows(Tables())
+    mine = slice(0, 30) if rank == 0 else slice(30, 46)
+    expected, ours = loss(plain, slice(None)), loss(parts, mine)
+    assert abs(sum(Team().gather(ours.item())) / expected.item() - 1) < 1e-5, (ours, expected)
+    expected.backward(); ours.backward()
+    Team().add_gradients(list(parts.parameters()))
+    for clipped in (False, True):
+        if clipped:
+            nn.utils.clip_grad_norm_(plain.parameters(), 0.5)
+            clip(list(parts.parameters()), 0.5)
+        for (name, a), b in zip(plain.named_parameters(), parts.parameters()):
+            torch.testing.assert_close(whole(b.grad), a.grad, rtol=1e-5, atol=1e-5, msg=lambda m: f"{name} {how} {clipped} {m}")
+with put_together(parts): assert torch.equal(parts.item_embedding.weight, plain.item_embedding.weight)
+assert parts.item_embedding.weight.to_local().shape == (12 - rank, 4)
+assert torch.equal(whole(like(plain.output_bias.detach(), parts.output_bias)), plain.output_bias.detach())
+"""
+
+
+def test_tables_in_parts_give_the_rows_losses_and_gradients_of_whole_ones():
+    both = [quiet() | {"RANK": r, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": at} for at in [port()] for r in "01"]
+    running = [subprocess.Popen([sys.executable, "-c", PARTS], env=env, stderr=subprocess.PIPE, text=True) for env in both]
+    said = [process.communicate(timeout=120)[1] for process in running]
+    assert [process.returncode for process in running] == [0, 0], said[0][-2000:] + said[1][-2000:]
+
+
 @pytest.mark.parametrize("parts", [2, 3])
 def test_the_shares_of_a_step_are_the_step(parts):
     sequences = leave_one_out(load_dataset("ml-100k")).train
