@@ -18,7 +18,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from .layers import Dropout, Layer
 from .losses import contrastive_loss, masked_item_loss, sampled_item_loss
 from .masking import Batch
-from .parallel import lookup
+from .parallel import share_table
 from .perceiver import Perceiver, Pooling, pool
 
 # %% ../nbs/09_models.ipynb #1c0e78fc
@@ -235,11 +235,14 @@ class FlareModel(PreTrainedModel):
             for vector in (self.mask_embedding, *([self.no_text] if self.config.modalities else [])):
                 nn.init.normal_(vector, std=std)
 
-    def ids(self) -> Tensor:  # (V, d) e; while training, zero for a share of the items
+    def ids(self,
+        batch: Batch,
+        e: Tensor | None = None,  # (V, d) all id vectors; None: the model's
+    ) -> tuple[Tensor, Tensor]:  # (V, d) e, while training zero for a share of the items, and (R, W, d) those of the batch, of masks any
         "The id vectors of this step."
-        e = self.item_embedding.weight
-        if not (self.training and self.config.id_dropout): return e
-        return e * (torch.rand(len(e), 1, device=e.device) >= self.config.id_dropout)
+        if e is None: e = self.item_embedding.weight
+        if self.training and self.config.id_dropout: e = e * (torch.rand(len(e), 1, device=e.device) >= self.config.id_dropout)
+        return share_table(e, batch.items.clamp(max=self.config.n_items - 1))
 
     def read(self,
         states: Tensor,  # (T, width) token states, one context after the other
@@ -258,13 +261,11 @@ class FlareModel(PreTrainedModel):
 
     def encode(self,
         batch: Batch,
-        e: Tensor,  # (V, d) from `ids`
+        x: Tensor,  # (R, W, d) from `ids`
         c: Tensor | None,  # (C, f) from `contexts`
     ) -> Tensor:  # (M, d) states at the masks, after the head
         "What the transformer makes of each masked position."
         hidden_item = (batch.items >= self.config.n_items)[..., None]  # (R, W, 1) masks; padding counts as one
-        sparse = e.is_leaf and self.config.output_tie != "none"  # added to the dense gradient of the output
-        x = lookup(e, batch.items.clamp(max=self.config.n_items - 1), sparse)  # (R, W, d)
         if c is not None:
             c = F.dropout(self.project(c), self.config.context_dropout, self.training)  # (C, d)
             x = x + F.embedding(batch.context_index, c)
@@ -298,16 +299,17 @@ class FlareModel(PreTrainedModel):
 
     def loss(self, batch: Batch) -> dict[str, tuple[Tensor, int]]:
         "The masked-item loss, eq. (1), and with texts the contrastive loss, eq. (2), times alpha; as (sum, count)."
-        (c, read), e, losses = self.contexts(batch), self.ids(), {}
+        (c, read), e, losses = self.contexts(batch), self.item_embedding.weight, {}
         if read is not None:
             items, fresh = self.of_items(batch, read)
             if self.training: self.context_table.put(items, fresh)
             said = self.of_items(batch, batch.counts)[1] > 0
             if self.config.alpha and said.any():
-                total, count = contrastive_loss(lookup(self.item_embedding.weight, items[said]), self.project(fresh[said]),
-                                                self.config.temperature, self.config.margin)
+                e, own = share_table(e, items[said])
+                total, count = contrastive_loss(own, self.project(fresh[said]), self.config.temperature, self.config.margin)
                 losses["contrastive"] = self.config.alpha * total, count
-        pairs = self.logits(self.encode(batch, e, c), e)
+        e, x = self.ids(batch, e)
+        pairs = self.logits(self.encode(batch, x, c), e)
         if self.training and self.config.rivals:
             rivals = torch.randint(self.config.n_items, (self.config.rivals,), device=e.device)
             return losses | {"mlm": sampled_item_loss(pairs, batch.targets, rivals, bias=self.output_bias)}
@@ -315,8 +317,8 @@ class FlareModel(PreTrainedModel):
 
     def scorer(self, batch: Batch) -> Callable[[slice], Tensor]:  # from a slice of the catalogue to logits (M, items in the slice)
         "What scores a batch, piece by piece of the catalogue; the states at the masks are made once."
-        e, (c, _) = self.ids(), self.contexts(batch)
-        h = self.encode(batch, e, c)
+        (e, x), (c, _) = self.ids(batch), self.contexts(batch)
+        h = self.encode(batch, x, c)
 
         def score(item_slice: slice) -> Tensor:
             "One piece."

@@ -64,7 +64,7 @@ def test_a_batch_without_a_text_has_no_contrast():
 
 
 def test_states_are_normalised_at_last_where_norms_come_before_branches():
-    h = make(**SMALL).encode(random_batch(0, 64), 3 * torch.randn(60, 32), None)
+    h = make(**SMALL).encode(batch := random_batch(0, 64), 3 * torch.randn(*batch.items.shape, 32), None)
     torch.testing.assert_close(h.mean(1), torch.zeros(len(h)), rtol=0, atol=1e-5)
     torch.testing.assert_close(h.std(1, correction=0), torch.ones(len(h)), rtol=0, atol=0.05)
 
@@ -89,7 +89,7 @@ def test_a_mask_is_the_mask_embedding_and_nothing_else(fields):
 
     def states():
         "At the masks."
-        return model.encode(batch, model.ids(), model.contexts(batch)[0])
+        return model.encode(batch, model.ids(batch)[1], model.contexts(batch)[0])
 
     before = states()
     with torch.no_grad():  # items that are not there, the last one of the catalogue too
@@ -116,7 +116,7 @@ def test_attention_tells_distances_apart_and_before_from_after():
     def states(distance):
         "At the masks, when all heads see more of what is so far away (below 0: before)."
         with torch.no_grad(): model.distance_bias[30 + distance] += 1.0
-        after = model.encode(batch, model.ids(), None)
+        after = model.encode(batch, model.ids(batch)[1], None)
         with torch.no_grad(): model.distance_bias[30 + distance] -= 1.0
         return after
 
@@ -134,10 +134,10 @@ def test_the_text_of_hidden_items_is_not_looked_at():
     only_hidden = torch.tensor([int(item) not in seen for item in batch.contexts[:, 0]])[owner]
     assert only_hidden.any()
     others = replace(batch, states=torch.where(only_hidden[:, None], torch.randn_like(batch.states), batch.states))
-    states = [model.encode(b, model.ids(), model.contexts(b)[0]) for b in (batch, others)]
+    states = [model.encode(b, model.ids(b)[1], model.contexts(b)[0]) for b in (batch, others)]
     assert torch.equal(*states)
     everything = replace(batch, states=torch.randn_like(batch.states))
-    assert not torch.equal(states[0], model.encode(everything, model.ids(), model.contexts(everything)[0]))
+    assert not torch.equal(states[0], model.encode(everything, model.ids(everything)[1], model.contexts(everything)[0]))
 
 
 @pytest.mark.parametrize("fields", [FLARE, FLARE | {"reader": "mean"}, FLARE | {"reader": "last"}], ids=["perceiver", "mean", "last"])
@@ -241,7 +241,7 @@ def test_rivals_are_for_training_only():
 
 def test_logits_are_those_of_id_plus_context():
     model, batch = make(**FLARE), random_batch(1, 64)
-    h = model.encode(batch, model.ids(), model.contexts(batch)[0])
+    h = model.encode(batch, model.ids(batch)[1], model.contexts(batch)[0])
     table = model.item_embedding.weight + model.project(model.context_table.rows)  # W = e + c
     torch.testing.assert_close(model.score(batch), h @ table.T + model.output_bias, rtol=0, atol=1e-5)
 
@@ -271,17 +271,19 @@ def test_items_without_text_share_a_context():
 def test_dropped_ids_are_left_out_at_input_and_output():
     model = make(**FLARE | {"id_dropout": 0.5}).train()
     torch.manual_seed(1)
-    e = model.ids()
+    batch = random_batch(0, 64)
+    e, x = model.ids(batch)
     gone = (e == 0).all(1)
     assert 15 < gone.sum() < 45 and torch.equal(e[~gone], model.item_embedding.weight[~gone])
-    assert torch.equal(model.eval().ids(), model.item_embedding.weight)
+    assert torch.equal(x, e[batch.items.clamp(max=59)])
+    assert torch.equal(model.eval().ids(batch)[0], model.item_embedding.weight)
 
 
 @pytest.mark.parametrize("tie, learns", [("id", {"item_embedding"}), ("item", {"item_embedding", "project"}), ("none", {"output_embedding"})])
 def test_what_the_output_table_is_made_of(tie, learns):
     model, batch = make(**FLARE | {"output_tie": tie}), random_batch(0, 64)
     h = torch.randn(len(batch.masked), 32)
-    logits = sum(h @ table.T for h, table in model.logits(h, model.ids()))
+    logits = sum(h @ table.T for h, table in model.logits(h, model.item_embedding.weight))
     model.zero_grad()
     logits.square().sum().backward()
     assert {name.split(".")[0] for name, p in model.named_parameters() if p.grad is not None and p.grad.abs().sum() > 0} == learns

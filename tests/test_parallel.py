@@ -97,7 +97,7 @@ import os, torch
 import torch.distributed as dist
 from torch import nn
 from flare.losses import masked_item_loss
-from flare.parallel import Team, clip, like, lookup, put_together, shard_rows, whole
+from flare.parallel import Team, clip, like, put_together, share_table, shard_rows, whole
 
 dist.init_process_group("gloo")
 rank, size = Team().rank, Team().size
@@ -111,8 +111,8 @@ class Tables(nn.Module):
 def loss(model, mine):
     "Of rows looked up, mixed, and compared with the whole catalogue; each process has other rows, and another number of them."
     items, targets = torch.arange(23).repeat(2)[mine], torch.arange(46).mul(5).remainder(23)[mine]
-    hidden = model.mix(lookup(model.item_embedding.weight, items))
-    return masked_item_loss([(hidden, model.item_embedding.weight)], targets, model.output_bias, **how)[0]
+    table, rows = share_table(model.item_embedding.weight, items)
+    return masked_item_loss([(model.mix(rows), table)], targets, model.output_bias, **how)[0]
 
 for how in ({}, {"most_logits": 0, "chunk_size": 5}):
     plain, parts = Tables(), shard_rows(Tables())
