@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['generated_events', 'read_events', 'random_states', 'Stopwatch', 'operations', 'peak_mb', 'measure', 'floor_seconds',
-           'read_lines', 'side_by_side', 'make_parser', 'main']
+           'loss_seconds', 'read_lines', 'side_by_side', 'make_parser', 'main']
 
 # %% ../nbs/17_benchmark.ipynb #0637c120
 import argparse
@@ -19,13 +19,15 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 import torch
+import torch.nn.functional as F
 
 from .data import Dataset, Holdout, leave_one_out, to_catalogue, to_events
 from .files import read_table, require
+from .losses import masked_item_loss
 from .memory import plan_memory
 from .metrics import evaluate
 from .models import FlareConfig, FlareModel
-from .text import TokenStates
+from .text import TokenStates, has_bf16
 from .trainer import TrainConfig, Trainer
 
 # %% ../nbs/17_benchmark.ipynb #f6e7dbab
@@ -107,7 +109,7 @@ def operations(
 ) -> float:  # multiplications and additions
     "Of the matrix products of a step, forward and backward, without those of a reader of texts."
     d = config.hidden_size
-    return 6 * (tokens * config.layers * (4 * d * d + 2 * d * config.ffn_size) + masks * config.n_items * d)
+    return 6 * (tokens * config.layers * (4 * d * d + 2 * d * config.ffn_size) + masks * (config.rivals or config.n_items) * d)
 
 
 def peak_mb() -> float:
@@ -188,6 +190,30 @@ def floor_seconds(
         took.append(time.perf_counter() - start)
     return float(np.median(took[2:]))
 
+def loss_seconds(
+    way: str,  # "ours", torch's "plain" cross-entropy of all logits, or "cut": cut-cross-entropy's kernel, on a GPU
+    masks: int,  # M
+    n_items: int,  # V
+    size: int = 64,  # d
+    device: str = "cpu",
+    times: int = 7,
+) -> tuple[float, float | None]:  # median seconds, and MiB at the worst moment (None: not on a CPU)
+    "What the masked-item loss and its gradients take, with products in bfloat16 where the machine has them. Raises ValueError on an unknown way."
+    if way not in ("ours", "plain", "cut"): raise ValueError(f"there is no way {way!r} to make a loss: choose ours, plain or cut")
+    hidden, table = ((torch.randn(n, size, device=device) / 8).requires_grad_() for n in (masks, n_items))
+    targets, took = torch.randint(n_items, (masks,), device=device), []
+    if device == "cuda": torch.cuda.reset_peak_memory_stats()
+    for _ in range(times + 2):  # the first two warm up
+        hidden.grad = table.grad = None
+        start = time.perf_counter()
+        with torch.autocast(device, torch.bfloat16, enabled=device == "cuda" or has_bf16()):
+            loss = (F.cross_entropy(F.linear(hidden, table), targets, reduction="sum") if way == "plain"
+                    else masked_item_loss([(hidden, table)], targets, chunk_size=2**15 if way == "ours" and device == "cuda" else None)[0])
+        loss.backward()
+        if device == "cuda": torch.cuda.synchronize()
+        took.append(time.perf_counter() - start)
+    return float(np.median(took[2:])), torch.cuda.max_memory_allocated() / 2**20 if device == "cuda" else None
+
 # %% ../nbs/17_benchmark.ipynb #3b06f0a3
 def read_lines(
     root: str | Path,  # folder that holds speed/, such as paper/
@@ -222,7 +248,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--model", choices=("bert4rec", "flare"), default="bert4rec")
     parser.add_argument("--hidden-size", type=int, default=64, metavar="D")
     for name, default in (("layers", 2), ("heads", 2), ("ffn", 256), ("max-len", 50), ("batch-size", 256), ("epochs", 1),
-                          ("threads", 2), ("row-length", 64), ("latents", 4), ("perceiver-layers", 2), ("seed", 0)):
+                          ("threads", 2), ("row-length", 64), ("latents", 4), ("perceiver-layers", 2), ("rivals", 0), ("seed", 0)):
         parser.add_argument(f"--{name}", type=int, default=default, metavar="N", help=f"default {default}")
     for name, default in (("mask", 0.2), ("last-mask", 0.0), ("dropout", 0.2), ("lr", 1e-3)):
         parser.add_argument(f"--{name}", type=float, default=default, metavar="X", help=f"default {default}")
@@ -248,7 +274,7 @@ def main(
         reading = {"modalities": ("text",), "text_width": text.width, "latents": asked.latents, "perceiver_size": asked.hidden_size,
                    "perceiver_layers": asked.perceiver_layers, "perceiver_heads": asked.heads} if text else {}
         architecture = FlareConfig(n_items=dataset.n_items, max_len=asked.max_len, hidden_size=asked.hidden_size, layers=asked.layers,
-                                   heads=asked.heads, ffn_size=asked.ffn, dropout=asked.dropout, **reading)
+                                   heads=asked.heads, ffn_size=asked.ffn, dropout=asked.dropout, rivals=asked.rivals, **reading)
         config = TrainConfig(epochs=asked.epochs, batch_size=asked.batch_size, max_len=asked.max_len,
                              row_length=max(asked.row_length, asked.max_len + 1), mask_probability=asked.mask,
                              last_mask_share=asked.last_mask, learning_rate=asked.lr, precision=asked.precision, seed=asked.seed)

@@ -46,6 +46,7 @@ class MemoryPlan:
     free: int | None  # bytes; None: not known
     items: int  # V
     size: int  # d
+    store: int = 0  # bytes of the token states, which stay on disk: the system keeps in memory what it has room for
 
     @property
     def total(self) -> int:
@@ -56,7 +57,8 @@ class MemoryPlan:
     def __str__(self) -> str:
         parts = ", ".join(f"{name} {value / 2**20:,.0f}" for name, value in self.parts.items() if value)
         return (f"memory: about {self.total / 2**20:,.0f} MiB ({parts})"
-                + ("" if self.free is None else f"; {self.free / 2**20:,.0f} MiB are free"))
+                + ("" if self.free is None else f"; {self.free / 2**20:,.0f} MiB are free")
+                + (f"; the texts' {self.store / 2**20:,.0f} MiB are read from disk" if self.store else ""))
 
     def check(self):
         "Raises MemoryError where it cannot fit, and says what would help."
@@ -78,15 +80,17 @@ def plan_memory(
     with torch.device("meta"): model = FlareModel(config)
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
     buffers = sum(b.numel() * b.element_size() for b in model.buffers())
+    by_rows = sum(p.numel() * p.element_size() for p in model.sparse_weights())  # their gradients are a few rows
     d, width, cells = config.hidden_size, training.row_length, training.batch_size * min(mean_length or training.max_len, training.max_len + 1)
     layer = cells * (10 * d + 4 * config.ffn_size) + 5 * cells * config.heads * width  # numbers that a layer keeps
     masks = training.batch_size + cells * training.mask_probability
-    step = config.layers * layer + 4 * cells * config.heads * width + min(4 * masks * config.n_items, 2**25)  # and a chunk of logits
+    step = config.layers * layer + 4 * cells * config.heads * width + min(4 * masks * (config.rivals or config.n_items), 2**25)  # and a chunk of logits
     if text is not None:
         read = min(cells, config.n_items) * training.read_share  # contexts
         step += read * (2 * float(np.mean(text.counts)) * text.width + 12 * config.perceiver_layers * config.latents * config.perceiver_size)
-    users = max(1, min(512, 2**22 // min(config.n_items, 2**13)))
-    scores = 3 * users * min(config.n_items, 2**13) + users * training.max_len * (8 * d + 2 * config.ffn_size)
-    return MemoryPlan({"weights": weights, "gradients": weights, "moments": 2 * weights, "best weights": weights + buffers,
+    piece = min(config.n_items, 2**12)
+    users = min(512, 2**22 // piece)
+    scores = 3 * users * piece + users * training.max_len * (8 * d + 2 * config.ffn_size)
+    return MemoryPlan({"weights": weights, "gradients": weights - by_rows, "moments": 2 * weights, "best weights": weights + buffers,
                        "context table": buffers, "a step": int(4 * step), "an evaluation": int(4 * scores)},
-                      free_memory(device), config.n_items, d)
+                      free_memory(device), config.n_items, d, 0 if text is None else text.states.nbytes)

@@ -242,7 +242,19 @@ class FlareModel(PreTrainedModel):
         "The id vectors of this step."
         if e is None: e = self.item_embedding.weight
         if self.training and self.config.id_dropout: e = e * (torch.rand(len(e), 1, device=e.device) >= self.config.id_dropout)
-        return share_table(e, batch.items.clamp(max=self.config.n_items - 1))
+        return self.rows(e, batch.items.clamp(max=self.config.n_items - 1))
+
+    def rows(self,
+        e: Tensor,  # (V, d)
+        items: Tensor,  # (...)
+    ) -> tuple[Tensor, Tensor]:  # e, to be used from here on, and (..., d)
+        "Some id vectors; where the loss too looks at a few items only, their gradient is sparse."
+        return share_table(e, items, sparse=self.training and bool(self.sparse_weights()))
+
+    def sparse_weights(self) -> list[nn.Parameter]:
+        "Those whose gradient is sparse, a row for each item that a step looks at."
+        if not self.config.rivals or self.config.id_dropout: return []
+        return [self.item_embedding.weight] + ([self.output_embedding.weight] if self.config.output_tie == "none" else [])
 
     def read(self,
         states: Tensor,  # (T, width) token states, one context after the other
@@ -282,8 +294,8 @@ class FlareModel(PreTrainedModel):
         item_slice: slice = slice(None),
     ) -> list[tuple[Tensor, Tensor]]:  # pairs of states (M, ·) and table (V, ·), whose products add up to the logits
         "What the states are compared with: ids, and contexts where they are tied too."
-        if self.config.output_tie == "none": return [(h, self.output_embedding.weight[item_slice])]
-        pairs = [(h, e if item_slice == slice(None) else e[item_slice])]  # a slice of all would copy its gradient
+        table = self.output_embedding.weight if self.config.output_tie == "none" else e
+        pairs = [(h, table if item_slice == slice(None) else table[item_slice])]  # a slice of all would copy its gradient
         if self.config.modalities and self.config.output_tie == "item":
             pairs.append((self.project.back(h), self.context_table.rows[item_slice]))
         return pairs
@@ -305,14 +317,14 @@ class FlareModel(PreTrainedModel):
             if self.training: self.context_table.put(items, fresh)
             said = self.of_items(batch, batch.counts)[1] > 0
             if self.config.alpha and said.any():
-                e, own = share_table(e, items[said])
+                e, own = self.rows(e, items[said])
                 total, count = contrastive_loss(own, self.project(fresh[said]), self.config.temperature, self.config.margin)
                 losses["contrastive"] = self.config.alpha * total, count
         e, x = self.ids(batch, e)
         pairs = self.logits(self.encode(batch, x, c), e)
         if self.training and self.config.rivals:
             rivals = torch.randint(self.config.n_items, (self.config.rivals,), device=e.device)
-            return losses | {"mlm": sampled_item_loss(pairs, batch.targets, rivals, bias=self.output_bias)}
+            return losses | {"mlm": sampled_item_loss(pairs, batch.targets, rivals, bias=self.output_bias, sparse=bool(self.sparse_weights()))}
         return losses | {"mlm": masked_item_loss(pairs, batch.targets, self.output_bias)}
 
     def scorer(self, batch: Batch) -> Callable[[slice], Tensor]:  # from a slice of the catalogue to logits (M, items in the slice)

@@ -13,6 +13,7 @@ import resource
 import shutil
 import time
 from dataclasses import asdict, dataclass, field
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -148,14 +149,19 @@ class Trainer:
                                        text, config.read_share, (self.team.rank, self.team.size))
         self.steps = config.epochs * len(self.batches)
         self.bf16 = config.precision == "bf16" or config.precision == "auto" and has_bf16()
+        self.model = model.to(self.accelerator.device)
+        by_rows = model.sparse_weights() if hasattr(model, "sparse_weights") else []  # their gradients and steps are those of a few rows
+        dense = [(name, p) for name, p in model.named_parameters() if not any(p is other for other in by_rows)]
         groups = [{"params": params, "weight_decay": decay, "rate": rate}
                   for is_matrix, decay in ((True, config.weight_decay), (False, 0.0))
                   for is_reader, rate in ((False, 1.0), (True, config.reader_rate)) for in_parts in (False, True)
-                  if (params := [p for name, p in model.named_parameters() if (p.ndim > 1) == is_matrix
+                  if (params := [p for name, p in dense if (p.ndim > 1) == is_matrix
                                  and name.startswith("reader.") == is_reader and isinstance(p, DTensor) == in_parts])]
-        self.model = model.to(self.accelerator.device)
-        self.optimizer = torch.optim.AdamW(groups, lr=config.learning_rate, betas=(config.beta1, config.beta2), fused=True)
+        how = {"lr": config.learning_rate, "betas": (config.beta1, config.beta2)}
+        self.optimizers = [torch.optim.AdamW(groups, **how, fused=True)]
+        if by_rows: self.optimizers.append(torch.optim.SparseAdam([{"params": by_rows, "rate": 1.0}], **how))
         self.best: dict[str, Tensor] = {}
+        self.best_ranks: Ranks | None = None  # of these weights; not in a checkpoint
         self.at = Progress()
 
     def weights(self) -> dict[str, Tensor]:
@@ -178,16 +184,17 @@ def step(self: Trainer,
     config, at, team, device = self.config, self.at, self.team, self.accelerator.device
     noise = [config.seed, at.step] + [team.rank] * (team.rank > 0)
     torch.manual_seed(int(np.random.SeedSequence(noise).generate_state(1)[0]))
-    for group in self.optimizer.param_groups: group["lr"] = group["rate"] * learning_rate(at.step, self.steps, config)
+    for group in chain(*(optimizer.param_groups for optimizer in self.optimizers)):
+        group["lr"] = group["rate"] * learning_rate(at.step, self.steps, config)
     with torch.autocast(device.type, torch.bfloat16, enabled=self.bf16):
         losses = {} if batch is None else self.model.loss(batch.to(device))
     counts = team.total({name: count for name, (_, count) in losses.items()})
-    loss = sum((total / counts[name] for name, (total, _) in losses.items()), torch.zeros(()))
-    self.optimizer.zero_grad()
+    loss = sum((total / counts[name] for name, (total, _) in losses.items()), torch.zeros((), device=device))
+    self.model.zero_grad()
     if losses: loss.backward()
     team.add_gradients(list(self.model.parameters()))
     clip(list(self.model.parameters()), config.clip_norm)
-    self.optimizer.step()
+    for optimizer in self.optimizers: optimizer.step()
     if not math.isfinite(value := sum(team.gather(loss.item()))):
         raise FloatingPointError(f"the loss is {value} at step {at.step} (epoch {at.epoch + 1}): "
                                  "lower learning_rate, or train with precision='fp32'")
@@ -206,12 +213,12 @@ def rank(self: Trainer,
     holdout: Holdout,
 ) -> Ranks:  # of all its users
     "Evaluate the model, each process on its share of the users."
-    mine, whole = self.team.share(len(holdout.targets)), np.empty((2, len(holdout.targets)), np.int64)
+    mine, ranks = self.team.share(len(holdout.targets)), np.empty((2, len(holdout.targets)), np.int64)
     part = Holdout(holdout.users[mine], holdout.history.take(mine), holdout.targets[mine]) if self.team.size > 1 else holdout
     with put_together(self.model): found = evaluate(self.model, part, self.split.n_items, self.config.max_len, self.config.row_length)
     for i, (rank, pessimistic) in enumerate(self.team.gather((found.rank, found.pessimistic))):
-        whole[:, i :: self.team.size] = rank, pessimistic
-    return Ranks(holdout.users, *whole)
+        ranks[:, i :: self.team.size] = rank, pessimistic
+    return Ranks(holdout.users, *ranks)
 
 @patch
 def validate(self: Trainer) -> Ranks:
@@ -220,7 +227,7 @@ def validate(self: Trainer) -> Ranks:
     self.refresh()
     ranks = self.rank(self.split.validation)
     if (value := ranks.metrics()["ndcg@10_pessimistic"]) > self.at.best_value:
-        self.at.best_epoch, self.at.best_value, self.best = self.at.epoch, value, self.weights()
+        self.at.best_epoch, self.at.best_value, self.best, self.best_ranks = self.at.epoch, value, self.weights(), ranks
     self.at.eval_seconds += time.perf_counter() - start
     return ranks
 
@@ -253,8 +260,8 @@ def save(self: Trainer):
     "Write a checkpoint below `folder` and delete the older ones; one process does it for all."
     if self.folder is None: return
     weights = self.weights()  # all processes put together what they have parts of
-    moments = {f"{name}.{moment}": whole(value) for name, p in self.model.named_parameters()
-               for moment, value in self.optimizer.state.get(p, {}).items()}
+    moments = {f"{name}.{moment}": whole(torch.as_tensor(value)) for name, p in self.model.named_parameters()
+               for optimizer in self.optimizers for moment, value in optimizer.state.get(p, {}).items()}
     if self.team.rank: return
     part, done = self.folder / "part.tmp", self.folder / f"epoch-{self.at.epoch:05d}-step-{self.at.step:08d}"
     shutil.rmtree(part, ignore_errors=True)
@@ -283,10 +290,11 @@ def restore(self: Trainer):
         raise ValueError(f"{found[-1]} is a checkpoint of another run: " + "; ".join(
             f"{k} is {theirs.get(k)!r} there and {mine.get(k)!r} here" for k in differs)
             + ". Use the same values, or another folder")
-    mine = dict(self.model.named_parameters())
+    mine, owner = dict(self.model.named_parameters()), {p: optimizer for optimizer in self.optimizers for g in optimizer.param_groups for p in g["params"]}
     for key, value in moments.items():
         name, _, moment = key.rpartition(".")
-        self.optimizer.state[mine[name]][moment] = value.to(mine[name].device) if value.ndim == 0 else like(value.to(mine[name].device), mine[name])
+        weight, value = mine[name], value.to(mine[name].device)
+        owner[weight].state[weight][moment] = like(value, weight) if value.ndim else value if value.is_floating_point() else value.item()
     self.load(weights)
     self.at = Progress(**state["progress"])
 
@@ -329,7 +337,7 @@ def fit(self: Trainer) -> TrainResult:
             self.save()
             bar.set_postfix(epoch=at.epoch, loss=f"{at.history[-1]['loss']:.3f}", best=f"{at.best_value:.4f}")
     self.load(self.best)
-    ranks = self.rank(self.split.validation)
+    ranks = self.rank(self.split.validation) if self.best_ranks is None else self.best_ranks
     peak = (torch.cuda.max_memory_allocated(device) / 2**20 if device.type == "cuda"
             else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10)
     return TrainResult(pd.DataFrame(at.history), ranks, at.best_epoch, at.epoch, at.step, at.train_seconds,

@@ -2,10 +2,9 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
-from flare.losses import masked_item_loss, sampled_item_loss
+from flare.losses import cut_cross_entropy, cut_kernel, masked_item_loss, sampled_item_loss
+from watch import Watch
 
 
 def problem(m, v, tables, biased, learned=True, seed=0):
@@ -55,6 +54,16 @@ def test_large_logits_do_not_overflow():
         torch.testing.assert_close(c, a, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("how", [{}, {"most_logits": 0, "chunk_size": 100}])
+def test_items_without_any_share_do_not_hide_the_sum(how):
+    pairs, targets, _ = problem(5, 200, (8,), False)
+    bias = torch.zeros(200)
+    bias[:64] = -300.0  # those that are asked first
+    bias[100:] = -300.0
+    given = (pairs, targets, bias.requires_grad_())
+    for a, b in zip(run(given, loss=torchs), run(given, **how)): torch.testing.assert_close(b, a, rtol=1e-5, atol=1e-5)
+
+
 def test_half_precision_is_as_near_as_the_plain_one():
     given = problem(60, 900, (32, 16), True)
     exact, plain = run(given, loss=torchs), run(given, loss=torchs, autocast=True)
@@ -64,21 +73,38 @@ def test_half_precision_is_as_near_as_the_plain_one():
             assert b.dtype == c.dtype == torch.float32
 
 
-class Largest(TorchDispatchMode):
-    "The most elements of any tensor that is made."
-    most = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        self.most = max([self.most, *(x.numel() for x in tree_leaves(out) if isinstance(x, torch.Tensor))])
-        return out
-
-
 def test_no_array_of_masks_times_items_is_made():
     m, v, d, chunk = 64, 4096, 8, 256
     for how, most in (({"most_logits": 0, "chunk_size": chunk}, max(v * d, m * chunk)), ({}, m * v)):  # m: a round number
-        with Largest() as seen: run(problem(m, v, (d,), True), **how)
-        assert seen.most == most
+        with Watch() as seen: run(problem(m, v, (d,), True), **how)
+        assert seen.sizes()[0] == most
+
+
+def pretend_kernel(e, c, targets, reduction, filter_eps):
+    "What cut-cross-entropy's kernel computes, by its interface."
+    assert e.shape[1] == c.shape[1] and e.shape[1] % 16 == 0 and e.dtype == c.dtype == torch.bfloat16 and filter_eps is None
+    return F.cross_entropy((e @ c.T).float(), targets, reduction=reduction)
+
+
+@pytest.mark.parametrize("tables", [(8,), (8, 12), (15,)])
+@pytest.mark.parametrize("biased", [True, False])
+def test_what_a_kernel_for_one_table_is_given_is_the_same_loss(tables, biased):
+    given = problem(40, 900, tables, biased)
+    cut = run(given, loss=lambda pairs, targets, bias: (cut_cross_entropy(pairs, targets, bias, torch.bfloat16, pretend_kernel), len(targets)))
+    for a, b, c in zip(run(given), run(given, autocast=True), cut): assert (c - a).norm() / a.norm() < max(2 * (b - a).norm() / a.norm(), 1e-2)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available() or cut_kernel() is None, reason="needs a GPU and cut-cross-entropy")
+def test_the_kernel_of_a_gpu_is_the_plain_loss():
+    pairs, targets, bias = problem(400, 30_000, (64, 32), True)
+    pairs, targets, bias = [tuple(x.detach().cuda().requires_grad_() for x in pair) for pair in pairs], targets.cuda(), bias.detach().cuda().requires_grad_()
+    found = []
+    for how in ({}, {"chunk_size": 4096}):
+        for x in (bias, *pairs[0], *pairs[1]): x.grad = None
+        with torch.autocast("cuda", torch.bfloat16): total, _ = masked_item_loss(pairs, targets, bias, most_logits=0, **how)
+        total.backward()
+        found.append([total.detach(), bias.grad, *(x.grad for pair in pairs for x in pair)])
+    for a, b in zip(*found): assert (a - b).norm() / b.norm() < 2e-2
 
 
 @pytest.mark.parametrize("tables", [(8,), (8, 12)])
@@ -88,6 +114,14 @@ def test_a_sample_of_everything_is_everything(tables, biased):
     rivals = torch.arange(60).repeat(3)  # each item three times
     whole, sample = run(given), run(given, loss=lambda pairs, targets, bias: sampled_item_loss(pairs, targets, rivals, bias=bias))
     for a, b in zip(whole, sample): torch.testing.assert_close(b, a, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("tables", [(8,), (8, 12)])
+def test_a_sparse_gradient_is_the_dense_one(tables):
+    given, rivals = problem(9, 600, tables, True), torch.arange(30).repeat(2)
+    dense, sparse = (run(given, loss=lambda pairs, targets, bias: sampled_item_loss(pairs, targets, rivals, bias=bias, sparse=sparse)) for sparse in (False, True))
+    assert sparse[2].is_sparse and not dense[2].is_sparse and len(sparse[2].coalesce().values()) <= 39
+    for a, b in zip(dense, sparse): torch.testing.assert_close(b.to_dense(), a)
 
 
 def test_the_sampled_softmax_is_right_on_average_however_items_are_drawn():

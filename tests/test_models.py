@@ -10,6 +10,7 @@ from flare.masking import cloze_mask, collate, evaluation_batches
 from flare.models import ByDistance, FlareConfig, FlareModel, attention_bias, starting_bias
 from flare.sequences import Sequences
 from flare.text import TokenStates
+from watch import Watch
 
 SMALL = dict(n_items=60, max_len=30, hidden_size=32, heads=4, ffn_size=64, dropout=0.0, embedding_dropout=0.0)
 FLARE = SMALL | dict(modalities=("text",), text_width=12, latents=3, perceiver_size=16, perceiver_heads=2, perceiver_layers=1)
@@ -237,6 +238,35 @@ def test_rivals_are_for_training_only():
     whole = make(**SMALL).train().loss(batch)["mlm"][0].item()
     assert abs(sum(sampled) / 3 - whole) < 0.1 * whole and model.eval().loss(batch)["mlm"][0].item() == pytest.approx(whole)
     with pytest.raises(ValueError, match="rivals is -1"): FlareConfig(**SMALL, rivals=-1)
+
+
+@pytest.mark.parametrize("fields", [SMALL, FLARE, FLARE | {"output_tie": "id"}])
+def test_a_step_has_one_array_of_the_size_of_the_table(fields):
+    fields = fields | {"n_items": 400_000, "output_bias": False}  # so many that the loss walks through them
+    model = FlareModel(FlareConfig(**fields)).train()
+    batch = random_batch(0, 64, random_text() if model.config.modalities else None)
+    for sparse in (False, True):
+        if sparse: model.config.rivals = 40
+        model.zero_grad()
+        with Watch() as seen: sum(total for total, _ in model.loss(batch).values()).backward()
+        assert [n for n in seen.sizes() if n == model.item_embedding.weight.numel()] == ([] if sparse else [400_000 * 32])
+        assert model.item_embedding.weight.grad.is_sparse == sparse
+
+
+@pytest.mark.parametrize("tie", ["id", "item", "none"])
+def test_sparse_gradients_are_the_dense_ones(tie):
+    grads, batch = [], random_batch(0, 64, random_text())
+    for sparse in (False, True):
+        model = make(**FLARE | {"output_tie": tie, "rivals": 20}).train()
+        expected = model.sparse_weights()
+        assert expected and all(any(p is q for q in model.parameters()) for p in expected)
+        if not sparse: model.sparse_weights = list
+        torch.manual_seed(3)
+        sum(total for total, _ in model.loss(batch).values()).backward()
+        assert {id(p) for p in model.parameters() if p.grad is not None and p.grad.is_sparse} == {id(p) for p in expected if sparse}
+        grads.append({name: p.grad.to_dense() for name, p in model.named_parameters() if p.grad is not None})
+    assert grads[0].keys() == grads[1].keys()
+    for name in grads[0]: torch.testing.assert_close(grads[1][name], grads[0][name], msg=lambda m: f"{name} {m}")
 
 
 def test_logits_are_those_of_id_plus_context():

@@ -127,6 +127,20 @@ for how in ({}, {"most_logits": 0, "chunk_size": 5}):
             clip(list(parts.parameters()), 0.5)
         for (name, a), b in zip(plain.named_parameters(), parts.parameters()):
             torch.testing.assert_close(whole(b.grad), a.grad, rtol=1e-5, atol=1e-5, msg=lambda m: f"{name} {how} {clipped} {m}")
+dense, sparse = (torch.arange(12.0).view(6, 2).requires_grad_() for _ in range(2))  # a weight, and one whose gradient is sparse by rows
+for weight, by_rows in ((dense, False), (sparse, True)):
+    if rank == 0: (nn.functional.embedding(torch.tensor([1, 4, 1]), weight, sparse=by_rows) ** 2).sum().backward()
+    else: (nn.functional.embedding(torch.tensor([4, 0, 5, 5]), weight, sparse=by_rows) ** 2).sum().backward()
+nobody = torch.ones(2, requires_grad=True)
+Team().add_gradients([dense, sparse, nobody])
+assert sparse.grad.is_sparse and torch.equal(sparse.grad.to_dense(), dense.grad) and dense.grad[1, 0] == 8 and nobody.grad is None
+nn.utils.clip_grad_norm_([dense], 0.5)
+clip([sparse, nobody], 0.5)
+torch.testing.assert_close(sparse.grad.to_dense(), dense.grad)
+late = torch.ones(3, 1, requires_grad=True)
+if rank == 0: nn.functional.embedding(torch.tensor([2]), late, sparse=True).sum().backward()
+Team().add_gradients([late])  # the other process had no batch
+assert late.grad.to_dense().flatten().tolist() == [0, 0, 1]
 with put_together(parts): assert torch.equal(parts.item_embedding.weight, plain.item_embedding.weight)
 assert parts.item_embedding.weight.to_local().shape == (12 - rank, 4)
 assert torch.equal(whole(like(plain.output_bias.detach(), parts.output_bias)), plain.output_bias.detach())

@@ -26,14 +26,14 @@ from flare.trainer import TrainConfig, Trainer
 torch.set_num_threads(1)
 split = leave_one_out(load_dataset("ml-100k"))
 torch.manual_seed(0)
-model = FlareModel(FlareConfig(n_items=split.n_items, max_len=20, hidden_size=32, heads=2, ffn_size=64))
+model = FlareModel(FlareConfig(n_items=split.n_items, max_len=20, hidden_size=32, heads=2, ffn_size=64, rivals=int(sys.argv[2])))
 config = TrainConfig(epochs=2, max_len=20, batch_size=64, checkpoint_every=5)
 Trainer(model, split, config, sys.argv[1], progress=False).fit()
 """
 
 
-def start(folder):
-    return subprocess.Popen([sys.executable, "-c", SCRIPT, str(folder)])
+def start(folder, rivals):
+    return subprocess.Popen([sys.executable, "-c", SCRIPT, str(folder), str(rivals)])
 
 
 def newest(folder):
@@ -42,19 +42,20 @@ def newest(folder):
 
 
 @pytest.mark.timeout(240)
-def test_killed_and_resumed_is_bit_for_bit_the_same(tmp_path):
+@pytest.mark.parametrize("rivals", [0, 50])  # with rivals the table has an optimizer of its own
+def test_killed_and_resumed_is_bit_for_bit_the_same(tmp_path, rivals):
     straight, killed = tmp_path / "straight", tmp_path / "killed"
-    assert start(straight).wait() == 0
+    assert start(straight, rivals).wait() == 0
     last = int(newest(straight).name[-8:])
 
-    process, deadline = start(killed), time.time() + 120
+    process, deadline = start(killed, rivals), time.time() + 120
     while newest(killed) is None or not last // 2 < int(newest(killed).name[-8:]) < last:
         assert time.time() < deadline and process.poll() is None
         time.sleep(0.01)
     os.kill(process.pid, signal.SIGKILL)  # in the middle of the second epoch
     assert process.wait() == -signal.SIGKILL and int(newest(killed).name[-8:]) < last
 
-    assert start(killed).wait() == 0
+    assert start(killed, rivals).wait() == 0
     assert newest(straight).name == newest(killed).name
     for name in ("weights", "optimizer", "best"):  # `best` alone could be of the epoch before the kill
         one, two = (load_file(newest(folder) / f"{name}.safetensors") for folder in (straight, killed))
@@ -98,7 +99,8 @@ def test_a_finished_run_is_not_trained_again(split, tmp_path):
     result = first.fit()
     again = trainer(split, tmp_path)
     again.step = lambda batch: pytest.fail("trained again")
-    assert again.fit().steps == result.steps
+    repeated = again.fit()
+    assert repeated.steps == result.steps and repeated.validation.equal(result.validation)  # ranked again, or remembered
     for a, b in zip(first.model.parameters(), again.model.parameters()): assert torch.equal(a, b)
 
 
