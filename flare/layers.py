@@ -76,7 +76,7 @@ class Linear(nn.Linear):
         "Wx + b."
         if x.device.type != "cpu" or (dtype := compute_dtype(x.device)) == torch.float32: return super().forward(x)
         rows = x.flatten(0, -2)
-        return super().forward(in_round(rows.to(dtype)))[: len(rows)].view(*x.shape[:-1], -1)
+        return super().forward(in_round(rows.to(dtype)))[: len(rows)].view(*x.shape[:-1], self.out_features)
 
 # %% ../nbs/04_layers.ipynb #bbc59f7e
 class Layer(nn.Module):
