@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 
 from flare import memory
+from flare.benchmark import random_states
 from flare.memory import free_memory, plan_memory
 from flare.models import FlareConfig, FlareModel
 from flare.trainer import TrainConfig
@@ -70,3 +71,11 @@ def test_a_container_has_what_is_left_to_its_limit(monkeypatch, tmp_path, files,
     for name, content in files.items(): (tmp_path / name).write_text(content)
     monkeypatch.setattr(memory, "Path", lambda path: tmp_path / "meminfo" if "meminfo" in path else tmp_path)
     assert free_memory() == free
+
+
+def test_a_sample_of_rivals_has_gradients_of_a_few_rows_and_texts_stay_on_disk():
+    whole, sampled = (plan_memory(FlareConfig(n_items=50_000, hidden_size=64, heads=2, rivals=n), TrainConfig()) for n in (0, 100))
+    assert whole.parts["gradients"] - sampled.parts["gradients"] == 4 * 50_000 * 64 and sampled.parts["a step"] < whole.parts["a step"]
+    texts, config = random_states("random:8:3", 500), FlareConfig(n_items=500, modalities=("text",), text_width=8)
+    plan = plan_memory(config, TrainConfig(), texts)
+    assert plan.store == 2 * 500 * 3 * 8 and "texts' 0 MiB are read from disk" in str(plan) and "disk" not in str(whole)

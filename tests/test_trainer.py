@@ -70,10 +70,23 @@ def split():
     return leave_one_out(load_dataset("ml-100k"))
 
 
-def trainer(split, folder, size=16, **changes):
+def trainer(split, folder, size=16, rivals=0, **changes):
     torch.manual_seed(0)
-    model = FlareModel(FlareConfig(n_items=split.n_items, max_len=10, hidden_size=size, heads=2, ffn_size=16))
+    model = FlareModel(FlareConfig(n_items=split.n_items, max_len=10, hidden_size=size, heads=2, ffn_size=16, rivals=rivals))
     return Trainer(model, split, TrainConfig(**{"epochs": 1, "max_len": 10, "batch_size": 512, **changes}), folder, progress=False)
+
+
+def test_against_rivals_the_rows_that_were_looked_at_move_and_no_others(split):
+    sampling = trainer(split, None, rivals=40, batch_size=8)
+    table, seen = sampling.model.item_embedding.weight, set()
+    before = table.detach().clone()
+    for step in range(3):
+        sampling.step(sampling.batches.batch(0, step))
+        assert table.grad.is_sparse
+        seen |= set(table.grad.coalesce().indices()[0].tolist())
+    seen.discard(len(table) - 1)  # looked up in place of masks and padding, and not looked at
+    moved = set(torch.nonzero((table != before).any(1))[:, 0].tolist()) - {len(table) - 1}
+    assert moved == seen and 40 < len(seen) < len(table) // 2
 
 
 def test_checkpoint_of_another_config_is_refused(split, tmp_path):
