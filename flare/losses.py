@@ -44,24 +44,26 @@ def log_sum(
 
 
 class LinearCrossEntropy(torch.autograd.Function):
-    "Sum of the cross-entropies of products with tables, a chunk of the catalogue at a time; what a single chunk has is kept."
+    "Sum of the cross-entropies of products with tables, a chunk of the catalogue at a time; of the first chunks the softmax is kept."
 
     @staticmethod
     def forward(ctx,
         targets: Tensor,  # (M,)
         bias: Tensor | None,  # (V,)
         chunk: int,  # items at a time
+        most: int,  # numbers to keep for the way back
         dtype: torch.dtype,  # of the products
         mine: slice | None,  # rows of this process, where those of all are here and the tables are parts of a catalogue
         *states_and_tables: Tensor,  # (M, d), (V, d), and so on
     ) -> Tensor:  # scalar, float32
         "Walk through the catalogue for the normalisers of the rows."
         tables, size = states_and_tables[1::2], len(states_and_tables[1])
-        low, log_zs = [in_round(hidden.to(dtype)) for hidden in states_and_tables[::2]], []
+        low, log_zs, kept = [in_round(hidden.to(dtype)) for hidden in states_and_tables[::2]], [], []
         for first in range(0, size, chunk):
             items = slice(first, first + chunk)
             logits, p = chunk_softmax(low, [table[items].to(dtype) for table in tables], None if bias is None else bias[items])
             log_zs.append(log_sum(logits[: len(targets)], p[: len(targets)]))
+            if min(first + chunk, size) * len(targets) <= most: kept.append(p)
         log_zs = torch.stack(log_zs)  # (chunks, M)
         log_z = log_zs.logsumexp(0)
         here = ((targets >= 0) & (targets < size)).nonzero()[:, 0] if mine else slice(len(targets))  # rows whose target is in our part
@@ -72,23 +74,24 @@ class LinearCrossEntropy(torch.autograd.Function):
             team = Team()
             log_z = torch.from_numpy(np.logaddexp.reduce(team.gather(log_z.numpy(force=True)))).to(log_z)
             team.exchange(dist.all_reduce, own)
-        ctx.save_for_backward(bias, (log_zs - log_z).exp(), p if chunk >= size else None, wanted, *states_and_tables)
-        ctx.chunk, ctx.dtype, ctx.here = chunk, dtype, here
+        ctx.save_for_backward(bias, (log_zs - log_z).exp(), wanted, *kept, *states_and_tables)
+        ctx.kept, ctx.chunk, ctx.dtype, ctx.here = len(kept), chunk, dtype, here
         return (log_z - own)[mine or slice(None)].sum()
 
     @staticmethod
     def backward(ctx, grad: Tensor):
         "Walk through it again for the gradients."
-        bias, shares, kept, wanted, *states_and_tables = ctx.saved_tensors
-        pairs, here = list(zip(states_and_tables[::2], states_and_tables[1::2])), ctx.here
+        bias, shares, wanted, *saved = ctx.saved_tensors
+        kept, states_and_tables, here = saved[: ctx.kept], saved[ctx.kept :], ctx.here
+        pairs = list(zip(states_and_tables[::2], states_and_tables[1::2]))
         low = [in_round(hidden.to(ctx.dtype)) for hidden, _ in pairs]
         of_states = [torch.zeros_like(hidden, dtype=torch.float32) for hidden in low]
-        of_tables = [torch.empty_like(table) if needed else None for (_, table), needed in zip(pairs, ctx.needs_input_grad[6::2])]
+        of_tables = [torch.empty_like(table) if needed else None for (_, table), needed in zip(pairs, ctx.needs_input_grad[7::2])]
         of_bias = None if bias is None else torch.empty_like(bias)
-        for first, share in zip(range(0, len(pairs[0][1]), ctx.chunk), in_round((shares * grad).T).T[..., None]):  # (M, 1), 0 where a row pads
-            items = slice(first, first + ctx.chunk)
+        for i, share in enumerate(in_round((shares * grad).T).T[..., None]):  # (M, 1), 0 where a row pads
+            items = slice(i * ctx.chunk, (i + 1) * ctx.chunk)
             tables = [table[items].to(ctx.dtype) for _, table in pairs]
-            p = chunk_softmax(low, tables, None if bias is None else bias[items])[1] if kept is None else kept  # (M, items)
+            p = kept[i] if i < len(kept) else chunk_softmax(low, tables, None if bias is None else bias[items])[1]  # (M, items)
             if bias is not None: of_bias[items] = (p.T @ share.to(p.dtype))[:, 0]
             for hidden, table, of_state, of_table in zip(low, tables, of_states, of_tables):
                 of_state += share * (p @ table)
@@ -98,7 +101,7 @@ class LinearCrossEntropy(torch.autograd.Function):
             of_state[here] -= table[wanted] * grad
             if of_table is not None: of_table.index_add_(0, wanted, (hidden[here] * -grad).to(of_table.dtype))
         if bias is not None: of_bias.index_add_(0, wanted, -grad.expand(wanted.shape).to(of_bias.dtype))
-        return None, of_bias, None, None, None, *(g for (hidden, _), *both in zip(pairs, of_states, of_tables) for g in (both[0].to(hidden.dtype), both[1]))
+        return None, of_bias, None, None, None, None, *(g for (hidden, _), *both in zip(pairs, of_states, of_tables) for g in (both[0].to(hidden.dtype), both[1]))
 
 
 def all_rows(
@@ -142,7 +145,7 @@ def masked_item_loss(
     pairs: list[tuple[Tensor, Tensor]],  # states at the masked positions (M, d) and table (V, d), whose products add up
     targets: Tensor,  # (M,) int64 the hidden items, each in 0..V-1
     bias: Tensor | None = None,  # (V,) added to the logits
-    most_logits: int = 2**23,  # M × V from which the catalogue is walked through in chunks
+    most_logits: int = 2**23,  # numbers to keep for the way back; where M × V is more, the catalogue is walked through in chunks
     chunk_size: int | None = None,  # items in a chunk; None: as many as stay in the cache of a CPU; on a GPU more, or cut-cross-entropy's kernel, where it is installed
 ) -> tuple[Tensor, int]:  # sum of the negative log-likelihoods (scalar, float32), and M
     "Cross-entropy of the hidden items over the whole catalogue, eq. (1). Raises ValueError on shapes that do not fit."
@@ -159,7 +162,7 @@ def masked_item_loss(
     with torch.autocast(device, enabled=False):
         if device == "cuda" and dtype != torch.float32 and chunk < size and not (chunk_size or mine) and (kernel := cut_kernel()):
             return cut_cross_entropy(pairs, targets, bias, dtype, kernel), count
-        return LinearCrossEntropy.apply(targets, bias, chunk, dtype, mine, *(x for pair in pairs for x in pair)), count
+        return LinearCrossEntropy.apply(targets, bias, chunk, most_logits, dtype, mine, *(x for pair in pairs for x in pair)), count
 
 # %% ../nbs/08_losses.ipynb #36c8e59a
 def sampled_item_loss(
