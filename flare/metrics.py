@@ -244,7 +244,7 @@ def evaluate(
     row_length: int | None = 256,  # cells in a packed row; None pads
     device: torch.device | str | None = None,  # where batches go; None: where the model is
     budget: int | None = None,  # most scores at once, users × items; None: 2**22 on a CPU (16 MiB in float32), 2**28 elsewhere
-    batch_size: int | None = None,  # most users at once; None: 128 on a CPU, whose caches are small, 512 elsewhere
+    batch_size: int = 512,  # most users at once
     piece: int = 2**12,  # items at once, about
     top: int = 0,  # items to list for each user, from the same pass
 ) -> Ranks:  # in the order of the holdout
@@ -254,7 +254,7 @@ def evaluate(
     check_targets(holdout.targets, n_items, holdout.users)
     device = torch.device(device or device_of(model))
     pieces = np.array_split(np.arange(n_items), max(1, round(n_items / piece)))
-    size = max(1, min(batch_size or (128 if device.type == "cpu" else 512), (budget or (2**22 if device.type == "cpu" else 2**28)) // len(pieces[0])))
+    size = max(1, min(batch_size, (budget or (2**22 if device.type == "cpu" else 2**28)) // len(pieces[0])))
     order, found = np.searchsorted([p[0] for p in pieces], holdout.targets, side="right") - 1, []  # the piece of each target
     with evaluating(model):
         for at in range(len(pieces)):
