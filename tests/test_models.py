@@ -253,6 +253,13 @@ def test_a_step_has_one_array_of_the_size_of_the_table(fields):
         assert model.item_embedding.weight.grad.is_sparse == sparse
 
 
+def test_dropped_ids_have_a_say_in_every_row():
+    model = make(**FLARE | {"rivals": 20, "id_dropout": 0.5}).train()
+    assert model.sparse_weights() == []
+    sum(total for total, _ in model.loss(random_batch(0, 64, random_text())).values()).backward()
+    assert not model.item_embedding.weight.grad.is_sparse
+
+
 @pytest.mark.parametrize("tie", ["id", "item", "none"])
 def test_sparse_gradients_are_the_dense_ones(tie):
     grads, batch = [], random_batch(0, 64, random_text())
