@@ -190,6 +190,7 @@ def floor_seconds(
         took.append(time.perf_counter() - start)
     return float(np.median(took[2:]))
 
+
 def loss_seconds(
     way: str,  # "ours", torch's "plain" cross-entropy of all logits, or "cut": cut-cross-entropy's kernel, on a GPU
     masks: int,  # M
@@ -197,7 +198,7 @@ def loss_seconds(
     size: int = 64,  # d
     device: str = "cpu",
     times: int = 7,
-) -> tuple[float, float | None]:  # median seconds, and MiB at the worst moment (None: not on a CPU)
+) -> tuple[float, float | None]:  # median seconds, and MiB at the worst moment (None on a CPU)
     "What the masked-item loss and its gradients take, with products in bfloat16 where the machine has them. Raises ValueError on an unknown way."
     if way not in ("ours", "plain", "cut"): raise ValueError(f"there is no way {way!r} to make a loss: choose ours, plain or cut")
     hidden, table = ((torch.randn(n, size, device=device) / 8).requires_grad_() for n in (masks, n_items))
