@@ -89,7 +89,7 @@ def plan_memory(
         read = min(cells, config.n_items) * training.read_share  # contexts
         step += read * (2 * float(np.mean(text.counts)) * text.width + 12 * config.perceiver_layers * config.latents * config.perceiver_size)
     piece = min(config.n_items, 2**12)
-    users = min(512, 2**22 // piece)
+    users = min(256, 2**22 // piece)
     scores = 3 * users * piece + users * training.max_len * (8 * d + 2 * config.ffn_size)
     return MemoryPlan({"weights": weights, "gradients": weights - by_rows, "moments": 2 * weights, "best weights": weights + buffers,
                        "context table": buffers, "a step": int(4 * step), "an evaluation": int(4 * scores)},

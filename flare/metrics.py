@@ -244,7 +244,7 @@ def evaluate(
     row_length: int | None = 256,  # cells in a packed row; None pads
     device: torch.device | str | None = None,  # where batches go; None: where the model is
     budget: int | None = None,  # most scores at once, users × items; None: 2**22 on a CPU (16 MiB in float32), 2**28 elsewhere
-    batch_size: int = 512,  # most users at once
+    batch_size: int = 256,  # most users at once
     piece: int = 2**12,  # items at once, about
     top: int = 0,  # items to list for each user, from the same pass
 ) -> Ranks:  # in the order of the holdout
