@@ -33,8 +33,7 @@ def count_rivals(
     names: np.ndarray | None = None,  # (users,) numbers that name the users in an error; None: 0, 1, ...
 ) -> tuple[Tensor, Tensor]:  # items above the target and items not below it, (users,) int64
     "How many items score more than the target, and how many at least as much. Raises ValueError on scores that are not finite."
-    if not torch.stack(torch.aminmax(scores)).isfinite().all():
-        wrong = (~scores.isfinite()).sum(1)
+    if not scores.sum().isfinite() and (wrong := (~scores.isfinite()).sum(1)).any():
         row = int(wrong.nonzero()[0, 0])
         raise ValueError(f"{int(wrong[row])} of {scores.shape[1]} scores of user row {row if names is None else names[row]} are NaN or "
                          f"infinite ({int((wrong > 0).sum())} such users in this batch): the model has diverged "
