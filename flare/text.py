@@ -198,11 +198,11 @@ class TokenStates:
                 f"width {self.width}, {self.states.nbytes / 2**20:,.0f} MiB)")
 
     def gather(self,
-        items: np.ndarray,  # (n,) item indices; those from `len(self)` on (masks) have no tokens
+        items: np.ndarray,  # (n,) item indices; what is none (-1, masks) has no tokens
     ) -> tuple[Tensor, Tensor]:  # (tokens, width) float16 one item after the other, and how many each has: (n,) int64
         "The tokens of some items as one ragged tensor."
-        known = np.minimum(items, len(self) - 1)
-        counts = np.where(items < len(self), self.counts[known], 0)
+        known = items.clip(0, len(self) - 1)
+        counts = np.where(known == items, self.counts[known], 0)
         offsets = starts_of(counts)
         rows = np.arange(offsets[-1]) + np.repeat(self.starts[known] - offsets[:-1], counts)
         return torch.from_numpy(self.states).index_select(0, torch.from_numpy(rows)), torch.from_numpy(counts)

@@ -29,7 +29,7 @@ from tqdm.auto import tqdm
 
 from .parallel import Team, clip, like, put_together, whole
 from .sequences import Holdout, Split
-from .masking import Batch, TrainingBatches
+from .masking import Batch, Critiques, TrainingBatches
 from .metrics import Ranks, evaluate, evaluating
 from .text import TokenStates, has_bf16
 
@@ -114,6 +114,7 @@ def match_model(
     split: Split,
     config: TrainConfig,
     text: TokenStates | None,  # of the catalogue
+    critiques: Critiques | None,  # what may be said
 ):
     "Raises ValueError where a model of ours does not fit the data, the configuration or the texts."
     if not hasattr(model, "config"): return
@@ -124,6 +125,11 @@ def match_model(
     if bool(model.config.modalities) != (text is not None):
         raise ValueError("the model reads texts: give the trainer text=token_states(...)" if model.config.modalities else
                          "the model does not read the texts that came with it: leave text out, or give it modalities=('text',)")
+    if ("critique" in model.config.modalities) != (critiques is not None):
+        raise ValueError("the model listens to critiques: give the trainer critiques=..." if critiques is None else
+                         "the model does not listen to critiques: leave them out, or give it modalities=('text', 'critique')")
+    if critiques is not None and len(critiques.of_items) != split.n_items:
+        raise ValueError(f"there are critiques of {len(critiques.of_items)} items and {split.n_items} items: give a row each, -1 where nothing fits")
     if text is not None and len(text) != split.n_items:
         raise ValueError(f"there are texts of {len(text)} items and {split.n_items} items: give one each, \"\" where there is none")
 
@@ -138,15 +144,16 @@ class Trainer:
         folder: str | Path | None = None,  # of the checkpoints; None: none are written
         progress: bool = True,  # show a progress bar
         text: TokenStates | None = None,  # of the catalogue, for a model that reads it
+        critiques: Critiques | None = None,  # what may be said about hidden items, for a model that listens
     ):
-        match_model(model, split, config, text)
-        self.text = text
+        match_model(model, split, config, text, critiques)
+        self.text, self.critiques = text, critiques
         self.accelerator = Accelerator()
         self.team = Team()
         self.split, self.config, self.folder, self.progress = split, config, folder and Path(folder), progress and self.team.rank == 0
         self.batches = TrainingBatches(split.train, split.n_items, config.batch_size, config.max_len, config.row_length,
                                        config.mask_probability, config.last_mask_share, config.window_stride, config.seed,
-                                       text, config.read_share, (self.team.rank, self.team.size))
+                                       text, config.read_share, (self.team.rank, self.team.size), critiques)
         self.steps = config.epochs * len(self.batches)
         self.bf16 = config.precision == "bf16" or config.precision == "auto" and has_bf16()
         self.model = model.to(self.accelerator.device)
@@ -212,10 +219,12 @@ def refresh(self: Trainer):
 def rank(self: Trainer,
     holdout: Holdout,
 ) -> Ranks:  # of all its users
-    "Evaluate the model, each process on its share of the users."
+    "Evaluate the model, each process on its share of the users; what they ask for is drawn as in training, the same every time."
     mine, ranks = self.team.share(len(holdout.targets)), np.empty((2, len(holdout.targets)), np.int64)
     part = Holdout(holdout.users[mine], holdout.history.take(mine), holdout.targets[mine]) if self.team.size > 1 else holdout
-    with put_together(self.model): found = evaluate(self.model, part, self.split.n_items, self.config.max_len, self.config.row_length)
+    asked = None if self.critiques is None else self.critiques.draw(holdout.targets, np.random.default_rng(self.config.seed))[mine]
+    with put_together(self.model):
+        found = evaluate(self.model, part, self.split.n_items, self.config.max_len, self.config.row_length, critiques=asked, said=self.critiques)
     for i, (rank, pessimistic) in enumerate(self.team.gather((found.rank, found.pessimistic))):
         ranks[:, i :: self.team.size] = rank, pessimistic
     return Ranks(holdout.users, *ranks)
@@ -351,6 +360,7 @@ def train(
     folder: str | Path | None = None,  # of the checkpoints, from which a killed run resumes; None: none are written
     progress: bool = True,  # show a progress bar
     text: TokenStates | None = None,  # of the catalogue, for a model that reads it
+    critiques: Critiques | None = None,  # what may be said about hidden items, for a model that listens
 ) -> TrainResult:
     "Train a model and leave it with its best weights."
-    return Trainer(model, split, config, folder, progress, text).fit()
+    return Trainer(model, split, config, folder, progress, text, critiques).fit()

@@ -78,5 +78,5 @@ def test_a_share_of_the_contexts_is_read_and_the_masks_stay():
     whole, part, again = (TrainingBatches(sequences, 900, 100, 8, text=text, read_share=share).batch(1, 2) for share in (1.0, 0.25, 0.25))
     assert torch.equal(whole.read, torch.arange(len(whole.contexts))) and len(whole.states) == int(whole.counts.sum())
     assert abs(len(part.read) / len(part.contexts) - 0.25) < 0.08 and torch.equal(part.read, again.read)
-    assert part.counts.tolist() == [2 * (item < 900) for item in part.contexts[part.read, 0]] and len(part.states) == int(part.counts.sum())
+    assert part.counts[:, 0].tolist() == [2 * (item < 900) for item in part.contexts[part.read, 0]] and len(part.states) == int(part.counts.sum())
     assert torch.equal(part.masked, whole.masked) and torch.equal(part.targets, whole.targets)
