@@ -26,7 +26,7 @@ from tqdm.auto import tqdm
 
 from .data import READERS, load_dataset
 from .files import write_text
-from .records import (SPLITS, project_folder, read_record, record_key, record_path, resolve, staleness, typed)
+from .records import (SPLITS, parsed, project_folder, read_record, record_key, record_path, resolve, staleness, typed)
 
 # %% ../nbs/17_grid.ipynb #ae2cd928
 class PlainLoader(yaml.SafeLoader):
@@ -113,7 +113,7 @@ def declared_parameters(
     if len(tagged) != 1:
         raise ValueError(f"{notebook}: {len(tagged)} cells are tagged parameters; tag the one that declares them")
     declared = {}
-    for statement in ast.parse(tagged[0]).body:
+    for statement in parsed(tagged[0]).body:
         try:
             (target,) = statement.targets
             declared[target.id] = ast.literal_eval(statement.value)

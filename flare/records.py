@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['TRAINING_FREE', 'TRAINED', 'MODELS', 'SPLITS', 'GIVEN_ELSEWHERE', 'PARSING', 'SCHEMA', 'parameters_of', 'typed',
-           'resolve', 'configs', 'record_key', 'essence', 'imported', 'source_of', 'code_digest', 'project_folder',
-           'git', 'environment', 'Record', 'record_path', 'write_record', 'read_record', 'staleness']
+           'resolve', 'configs', 'record_key', 'parsed', 'essence', 'imported', 'source_of', 'code_digest',
+           'project_folder', 'git', 'environment', 'Record', 'record_path', 'write_record', 'read_record', 'staleness']
 
 # %% ../nbs/15_records.ipynb #5096be3b
 import ast
@@ -126,6 +126,13 @@ def record_key(
 PARSING = Lock()  # CPython 3.11 counts the depth of all threads' parsers together and takes two at once for an error (gh-106905)
 
 
+def parsed(
+    source: str,  # of a Python module
+) -> ast.Module:
+    "Its syntax tree; one thread at a time."
+    with PARSING: return ast.parse(source)
+
+
 def essence(
     source: str,  # of a Python module
 ) -> str:  # the same without comments, docstrings and blank lines
@@ -136,8 +143,7 @@ def essence(
             row, column = token.start
             lines[row - 1] = lines[row - 1][:column]
     scopes = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
-    with PARSING: tree = ast.parse(source)
-    for node in ast.walk(tree):
+    for node in ast.walk(parsed(source)):
         if isinstance(node, scopes) and ast.get_docstring(node, clean=False) is not None:
             first, last = node.body[0].lineno - 1, node.body[0].end_lineno - 1
             before = lines[first].encode()[: node.body[0].col_offset].decode()  # offsets count bytes
@@ -151,7 +157,7 @@ def imported(
 ) -> list[str]:  # full names of those of ours that its source imports
     "The imports of a module from its own package, found in its source."
     package, names = module.rpartition(".")[0], []
-    for node in ast.walk(ast.parse(source_of(module))):
+    for node in ast.walk(parsed(source_of(module))):
         if isinstance(node, ast.ImportFrom):
             names.append(importlib.util.resolve_name("." * node.level + (node.module or ""), package))
         elif isinstance(node, ast.Import):

@@ -174,6 +174,20 @@ def test_what_does_not_compute_is_not_code():
     assert essence('def f(x): "One line."; return x') != essence('def f(x): "One line."; return -x')
 
 
+def test_threads_parse_one_after_the_other(monkeypatch):
+    "CPython 3.11 cannot do it at once (gh-106905)."
+    inside, most, parse = [], [], ast.parse
+
+    def watched(*args, **kwargs):
+        inside.append(1), most.append(len(inside)), time.sleep(0.001)
+        try: return parse(*args, **kwargs)
+        finally: inside.pop()
+
+    monkeypatch.setattr(ast, "parse", watched)
+    with ThreadPoolExecutor(4) as pool: digests = list(pool.map(code_digest, ["flare"] * 8))
+    assert max(most) == 1 and len(most) > 20 and all(digest == digests[0] for digest in digests)
+
+
 # a run
 
 def test_a_failing_run_leaves_no_record(shop, tmp_path, monkeypatch):
