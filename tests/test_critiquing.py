@@ -1,4 +1,5 @@
 "What a user says is heard where it was said, and nowhere else; and a list is judged as by hand."
+import re
 from dataclasses import replace
 
 import numpy as np
@@ -8,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flare.critiquing import DEPTH, FORMS, Filtered, Guided, categories, matching, mutate, silenced
+from flare.critiquing import DEPTH, FORMS, CritiqueConfig, Filtered, Guided, categories, matching, misspelt, mutate, silenced
 from flare.masking import Critiques, TrainingBatches, collate, evaluation_batches
 from flare.metrics import cat_ndcg, evaluate
 from flare.models import FlareConfig, FlareModel
@@ -208,5 +209,37 @@ def test_filters_match_beginnings_or_words():
 
 def test_forms_say_what_the_catalogue_says():
     items = catalogue([tuple("abcde"), tuple("ab"), ()])
-    assert FORMS["precise"](items) == ["a - b - c - d", "a - b", ""] and FORMS["broad"](items) == ["a - b", "a - b", ""]
-    assert FORMS["leaf"](items) == ["d", "b", ""] and FORMS["brand"](items) == ["", "", ""] and FORMS["words0"](items) == ["thing"] * 3
+    said = {name: form(items, 0) for name, form in FORMS.items()}
+    assert said["precise"] == ["a - b - c - d", "a - b", ""] and said["broad"] == ["a - b", "a - b", ""]
+    assert said["leaf"] == ["d", "b", ""] and said["brand"] == ["", "", ""] and said["words"] == ["thing"] * 3
+
+
+def test_a_worn_category_is_one_for_all_its_items_and_another_in_every_version():
+    items = catalogue([("Office", "Staplers", "Heavy Duty")] * 3 + [()])
+    versions = [FORMS["worn"](items, version) for version in range(200)]
+    assert all(len(set(said[:3])) == 1 and said[3] == "" for said in versions)
+    assert len({said[0] for said in versions}) > 60 and FORMS["worn"](items, 7) == versions[7]
+    assert {"Heavy Duty", "Office - Staplers", "office staplers heavy duty"} <= {said[0] for said in versions}
+
+
+@given(st.text(alphabet="abcd -", max_size=30), st.integers(0, 9))
+def test_one_letter_is_wrong_in_a_word_that_is_long_enough(text, seed):
+    wrong = misspelt(text, np.random.default_rng(seed))
+    before, after = text.split(" "), wrong.split(" ")
+    assert len(before) == len(after) and sum(a != b for a, b in zip(before, after)) <= 1
+    assert wrong == text or any(len(part) >= 4 for part in re.findall(r"\w+", text))
+    assert abs(len(wrong) - len(text)) <= 1
+
+
+def test_an_exact_match_can_be_told_how_deep_it_goes():
+    items = catalogue([("Office", "Chairs"), ("Office", "Chairs", "Oak"), ("Office",)])
+    said = ["Office - Chairs", "Office"]
+    assert matching(said, items).tolist() == [[True, True, False], [True] * 3]
+    assert matching(said, items, depth=DEPTH).tolist() == [[True, False, False], [False, False, True]]
+    assert matching(said, items, depth=2).tolist() == [[True, True, False], [False, False, True]]
+
+
+def test_settings_of_critiques_are_checked():
+    for wrong, message in ((dict(critiques=()), "is empty"), (dict(critiques=("louder",)), "no form of critique louder"),
+                           (dict(silence=1.5), "between 0 and 1"), (dict(masked_text="noise"), "choose one of")):
+        with pytest.raises(ValueError, match=message): CritiqueConfig(**wrong)

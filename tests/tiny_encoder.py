@@ -8,9 +8,9 @@ from transformers import BertConfig, BertModel, MT5Config, MT5ForConditionalGene
 WORDS = ["steel", "ruler", "graph", "paper", "pencil", "30", "cm", "box"]
 
 
-def write_encoder(folder: Path, kind: str = "bert", seed: int = 0) -> Path:
-    "A tiny encoder with random weights and a tokenizer of eight words."
-    names = ["<pad>", "<unk>", "<s>", "</s>", *WORDS]
+def write_encoder(folder: Path, kind: str = "bert", seed: int = 0, words: list[str] = WORDS) -> Path:
+    "A tiny encoder with random weights and a tokenizer of a few words."
+    names = ["<pad>", "<unk>", "<s>", "</s>", *words]
     tokenizer = Tokenizer(models.WordLevel({name: i for i, name in enumerate(names)}, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A </s>", special_tokens=[("<s>", 2), ("</s>", 3)])

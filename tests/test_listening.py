@@ -1,0 +1,200 @@
+"What is said counts as much as it is likely to be said of an item; and the hearing test counts as by hand."
+from io import BytesIO
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from flare.critiquing import DEPTH, silenced
+from flare.experiments import run
+from flare.hearing import RULES, WEAR, WORDING, HearingTest, listening_voice, singular, synonymous, wear
+from flare.listening import ListenConfig, Listening, hear, read_strings, sayings, teach, together
+from flare.masking import evaluation_batches
+from flare.metrics import cat_ndcg, evaluate
+from flare.models import FlareConfig, FlareModel
+from flare.records import code_digest, read_record, staleness
+from flare.sequences import Catalogue, Dataset, Sequences, leave_one_out
+from flare.text import Encoder, TextConfig, item_texts, token_states
+from tiny_encoder import write_encoder
+
+ITEMS = 60
+SHELVES = ["staplers", "printers", "binders", "pens"]
+WORDS = [*SHELVES, "office", "room0", "room1", "acme", "blue", "red", "thing"]
+QUICK = ListenConfig(listener_steps=150, listener_sayings=120, listener_width=32, listener_critiques=60)
+
+
+@pytest.fixture(scope="module")
+def shop(tmp_path_factory):
+    "A catalogue, an encoder with random weights, and an untrained model that reads with it."
+    encoder = TextConfig(encoder=str(write_encoder(tmp_path_factory.mktemp("encoder") / "tiny", words=WORDS)))
+    paths = [("office", "room" + str(i % 2), SHELVES[i % 4]) for i in range(ITEMS - 2)] + [(), ()]
+    catalogue = Catalogue(pd.DataFrame({"item": map(str, range(ITEMS)), "title": [f"{'blue' if i % 3 else 'red'} thing {i}" for i in range(ITEMS)],
+                                        "brand": ["acme" if i % 5 else "" for i in range(ITEMS)], "category": paths}))
+    rng = np.random.default_rng(0)
+    dataset = Dataset("made", catalogue, Sequences.from_lists([rng.permutation(ITEMS)[:6] for _ in range(90)]), np.arange(90).astype(str), {})
+    text = token_states(item_texts(catalogue), encoder, folder=tmp_path_factory.mktemp("store"), progress=False)
+    torch.manual_seed(0)
+    model = FlareModel(FlareConfig(n_items=ITEMS, max_len=10, hidden_size=16, heads=2, ffn_size=32, layers=1, text_width=text.width, modalities=("text",),
+                                   latents=2, perceiver_size=32, perceiver_heads=2, perceiver_layers=1)).eval()
+    with torch.no_grad():
+        model.whiten(text.chunks())
+        model.refresh(text.chunks())
+    return dataset, model, Encoder(encoder)
+
+
+@pytest.fixture(scope="module")
+def listener(shop):
+    dataset, model, encoder = shop
+    return teach(model, dataset.catalogue, encoder, QUICK)
+
+
+def batch(asked):
+    "A user for each wish."
+    n = len(asked)
+    (made,) = evaluation_batches(Sequences.from_lists([[i, i + 1] for i in range(n)]), np.arange(n), ITEMS, 10, critiques=np.array(asked))
+    return made
+
+
+def test_strings_are_read_as_texts_are(shop):
+    dataset, model, encoder = shop
+    read = read_strings(model, item_texts(dataset.catalogue) + ["", "  "], encoder, block=7)
+    torch.testing.assert_close(read[:ITEMS], model.context_table.rows, atol=2e-2, rtol=0)  # bfloat16 in batches of other lengths
+    assert (read[ITEMS:] == 0).all()
+
+
+def test_what_can_be_said_comes_in_the_versions_asked_for(shop):
+    strings, codes, form = sayings(shop[0].catalogue, ListenConfig(listener_forms=("leaf", "words", "worn"), listener_sayings=120))
+    assert np.bincount(form).tolist() == [1, 2, 30]  # 60 titles twice, 4 paths thirty times
+    assert strings[codes[0][0]] == "staplers" and (codes[0][-2:] == -1).all() and len(set(strings)) == len(strings)
+    assert (codes[form == 1] >= 0).all()
+
+
+def test_an_item_is_found_by_what_is_said_of_it(shop, listener):
+    dataset, model, encoder = shop
+    said = ["staplers", "office - room1 - printers", "room0 - office", "acme", "red"]
+    fits = [lambda i: i % 4 == 0, lambda i: i % 4 == 1, lambda i: i % 2 == 0, lambda i: i % 5 > 0, lambda i: i % 3 == 0]
+    asked, wishes = hear(model, listener, said, encoder)
+    likely = wishes[asked] @ listener.items.T
+    for row, fit in zip(likely, fits):
+        good = np.array([fit(i) for i in range(ITEMS - 2)])
+        found = row[: ITEMS - 2].topk(8)[1].numpy()
+        assert good[found].mean() >= 0.75
+
+
+def test_listening_is_the_silent_model_and_a_likelihood(shop, listener):
+    _, model, encoder = shop
+    asked, wishes = hear(model, listener, ["pens", "", "red"], encoder)
+    made, everything = batch(asked), slice(0, ITEMS)
+    with torch.no_grad():
+        silent = model.scorer(silenced(made))(everything)
+        for strength in (0.0, 1.0, 2.5):
+            scores = Listening(model, listener, wishes, strength).scorer(made)(everything)
+            for user, wish in enumerate(asked):
+                expected = silent[user] + (strength * wishes[wish] @ listener.items.T if wish >= 0 else 0)
+                torch.testing.assert_close(scores[user], expected, atol=1e-5, rtol=1e-5)
+        parts = torch.cat([Listening(model, listener, wishes).scorer(made)(part) for part in (slice(0, 20), slice(20, ITEMS))], 1)
+        torch.testing.assert_close(parts, Listening(model, listener, wishes).scorer(made)(everything), atol=1e-6, rtol=1e-6)
+
+
+def test_two_wishes_add_up_for_who_has_both(shop, listener):
+    _, model, encoder = shop
+    first, second = (hear(model, listener, said, encoder) for said in (["pens", "", "pens", ""], ["red", "red", "", ""]))
+    asked, wishes = together(first, second)
+    pens, red = first[1][first[0][0]], second[1][second[0][0]]
+    for user, expected in enumerate((pens + red, red, pens)): torch.testing.assert_close(wishes[asked[user]], expected)
+    assert asked[3] == -1
+    alone, same = together(first)
+    assert [torch.equal(same[a], first[1][b]) for a, b in zip(alone, first[0]) if b >= 0] == [True, True]
+
+
+def test_teaching_is_repeatable_and_leaves_everything_else_alone(shop, listener):
+    dataset, model, encoder = shop
+    before, state = {name: value.clone() for name, value in model.state_dict().items()}, torch.random.get_rng_state()
+    again = teach(model, dataset.catalogue, encoder, QUICK)
+    assert torch.equal(torch.random.get_rng_state(), state)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    torch.testing.assert_close(again.items, listener.items)
+    assert not torch.allclose(teach(model, dataset.catalogue, encoder, QUICK, seed=1).items, listener.items)
+
+
+@pytest.mark.parametrize("said", ["дорога домой", "🖇️🖇️", "pens " * 2000, "no such shelf", "\n", "'; drop table items; --"])
+def test_anything_can_be_said(shop, listener, said):
+    _, model, encoder = shop
+    asked, wishes = hear(model, listener, [said], encoder)
+    with torch.no_grad(): assert torch.isfinite(Listening(model, listener, wishes).scorer(batch(asked))(slice(0, ITEMS))).all()
+    assert (asked == -1).all() == (said == "\n")
+
+
+def test_what_cannot_be_is_refused(shop, listener):
+    dataset, model, encoder = shop
+    for strength in (float("nan"), float("inf"), 1e9):
+        with pytest.raises(ValueError, match="give a number between -100 and 100"): Listening(model, listener, torch.zeros(1, 32), strength)
+    with pytest.raises(ValueError, match="the model reads no texts"): teach(FlareModel(FlareConfig(n_items=ITEMS)), dataset.catalogue, encoder)
+    with pytest.raises(ValueError, match="no form of critique louder"): ListenConfig(listener_forms=("louder",))
+    with pytest.raises(ValueError, match="listener_steps is 0"): ListenConfig(listener_steps=0)
+    bare = Catalogue(pd.DataFrame({"item": ["a"], "title": [""], "category": [()]}))
+    with pytest.raises(ValueError, match="nothing can be said about these items"): sayings(bare, ListenConfig())
+
+
+def test_wishes_wear_by_rule():
+    path, rng = ("Office", "Paper Goods", "Writing Pads", "Notebooks"), np.random.default_rng(0)
+    said = {rule: made(path, rng) for rule, made in WEAR.items()}
+    assert said["second level left out"] == "Office - Writing Pads - Notebooks" and said["last level alone"] == "Notebooks"
+    assert sorted(said["levels in another order"].split(" - ")) == sorted(path)
+    assert said["last level in the singular"] == "Notebook" and said["last level, synonyms"] == "jotters" and said["another shop's wording"] == ""
+    assert said["last level, a letter wrong"] != "Notebooks"
+    items = Catalogue(pd.DataFrame({"item": list("abc"), "title": "x", "category": [path, ("Office", "Glass"), ()]}))
+    assert wear(items, "second level left out") == [said["second level left out"], "", ""]
+    assert wear(items, "last level in the singular") == ["Notebook", "", ""]
+    assert [singular(word) for word in ("Boxes", "Batteries", "Brushes", "Glasses", "Glass", "Mice", "Bus")] == ["Box", "Battery", "Brush", "Glass", "Glass", "Mice", "Bus"]
+    assert synonymous("Laser Printer Toner") == "Laser Printer printing powder"
+
+
+def test_the_rules_are_well_formed():
+    import re
+    assert all(re.compile(rule) for rules in RULES.values() for rule in rules.values())
+    assert all(len(end.split(" - ")) == 2 and said for end, said in WORDING.items())
+
+
+def test_the_hearing_test_counts_as_by_hand(shop, listener):
+    dataset, model, encoder = shop
+    split = leave_one_out(dataset)
+    found = HearingTest(model, listening_voice(model, listener, encoder), dataset, split, users=70).run()
+    targets, codes = found.test.targets, dataset.catalogue.category_codes(DEPTH)
+    who = targets < ITEMS - 2
+    assert found.results["precise|silent"]["users"] == who.sum() < 70 == found.results["nothing|silent"]["users"]
+    part = type(found.test)(found.test.users[who], found.test.history.take(np.flatnonzero(who)), targets[who])
+    ranks = evaluate(model, part, ITEMS, 50, top=10)
+    assert found.results["precise|silent"]["recall@10"] == pytest.approx(ranks.metrics()["recall@10_pessimistic"])
+    assert found.results["precise|silent"]["cat_ndcg@10"] == pytest.approx(cat_ndcg(ranks.top, codes[targets[who]], codes).mean())
+    assert found.results["precise|filter, silent"]["cat_ndcg@10"] == 1  # fourteen items a shelf
+    assert found.results["precise|listens 1"]["recall@10"] > 2 * found.results["precise|silent"]["recall@10"]
+    assert found.results["broad|filter, popularity"]["recall@10"] < found.results["precise|filter, popularity"]["recall@10"]
+    assert found.results["level 3|filter, silent"]["cat_ndcg@10"] == 1 > found.results["level 3|silent"]["cat_ndcg@10"]
+    assert "level 4|silent" not in found.results  # paths have three levels
+    assert found.results["last level alone|exact filter, silent"] == found.results["last level alone|silent"]  # it holds nothing
+    assert found.results["last level alone|bm25 filter, silent"] == found.results["precise|filter, silent"] | {"users": float(who.sum())} or \
+        found.results["last level alone|bm25 filter, silent"]["recall@10"] == found.results["precise|filter, silent"]["recall@10"]
+    kept = pd.read_parquet(BytesIO(found.to_parquet()))
+    assert kept["user"].tolist() == found.test.users.tolist() and (kept.loc[~who, "precise|silent"] == 0).all()
+    assert kept.loc[who, "precise|silent"].tolist() == ranks.pessimistic.tolist()
+
+
+@pytest.mark.parametrize("model", ["flare_listens", "flare_hears"])
+def test_a_model_that_is_told_things_has_a_record(tmp_path, model):
+    shop = tmp_path / "shop"
+    shop.mkdir()
+    rng = np.random.default_rng(0)
+    rows = [(f"u{u}", f"i{i}", t) for u in range(30) for t, i in enumerate(rng.permutation(20)[:6])]
+    pd.DataFrame(rows, columns=["user", "item", "timestamp"]).to_csv(shop / "interactions.csv", index=False)
+    pd.DataFrame({"item": [f"i{i}" for i in range(20)], "title": [f"thing {i}" for i in range(20)],
+                  "category": [f"office > {SHELVES[i % 4]}" for i in range(20)]}).to_csv(shop / "items.csv", index=False)
+    small = dict(hidden_size=16, heads=2, ffn_size=32, layers=1, perceiver_size=32, perceiver_heads=2, perceiver_layers=1, epochs=1, evaluate_every=1,
+                 encoder=str(write_encoder(tmp_path / "encoder", words=WORDS)), listener_steps=5, listener_sayings=20, listener_width=16)
+    record = run("told", model, str(shop), parameters=small, root=tmp_path / "paper", progress=False)
+    path = record.path(tmp_path / "paper")
+    assert read_record(path) == record and staleness(record) == "" and path.with_suffix(".heard.parquet").exists()
+    assert record.metrics["precise|listens 1"]["users"] == 30 and record.metrics["chosen on validation"]["strength"] > 0
+    assert {"flare.hearing", "flare.listening", "flare.critiquing"} <= set(code_digest(model)) and "flare.hearing" not in code_digest("flare")
+    assert ("listener_steps" in record.parameters) == (model == "flare_listens") and "teach_seconds" in record.cost
