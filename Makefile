@@ -16,7 +16,7 @@ test: setup  ## every component notebook, the sync and clean gates, tests/
 readme: setup  ## README.md from nbs/index.ipynb
 	$(BIN)/jupyter nbconvert --to markdown nbs/index.ipynb --output-dir . --output README --TagRemovePreprocessor.enabled=True \
 		--TagRemovePreprocessor.remove_input_tags hide_input
-	sed -i 's|](\.\./|](|' README.md
+	sed -i 's|](\.\./|](|g' README.md
 
 peers: .peers/recbole/.ready .peers/rectools/.ready  ## the libraries that nbs/experiments/speed.ipynb compares with, each in its own environment
 
