@@ -27,7 +27,7 @@ from shop import HOME, write_project, write_shop
 from tiny_encoder import write_encoder
 
 SMALL = {"hidden_size": 16, "heads": 2, "ffn_size": 32, "layers": 1, "batch_size": 8}
-EVERY = {name: default for model in MODELS for name, default in parameters_of(model).items()}
+EVERY = {name: list(default) if isinstance(default, tuple) else default for model in MODELS for name, default in parameters_of(model).items()}
 NOTEBOOKS = HOME / "nbs/experiments"
 
 
