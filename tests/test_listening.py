@@ -72,14 +72,14 @@ def test_what_can_be_said_comes_in_the_versions_asked_for(shop):
 
 def test_an_item_is_found_by_what_is_said_of_it(shop, listener):
     dataset, model, encoder = shop
-    said = ["staplers", "office - room1 - printers", "room0 - office", "acme", "red"]
-    fits = [lambda i: i % 4 == 0, lambda i: i % 4 == 1, lambda i: i % 2 == 0, lambda i: i % 5 > 0, lambda i: i % 3 == 0]
+    said = ["staplers", "office - room1 - printers", "room0 - office", "red"]
+    fits = [lambda i: i % 4 == 0, lambda i: i % 4 == 1, lambda i: i % 2 == 0, lambda i: i % 3 == 0]
     asked, wishes = hear(model, listener, said, encoder)
     likely = wishes[asked] @ listener.items.T
-    for row, fit in zip(likely, fits):
+    for row, fit, least in zip(likely, fits, (0.75, 0.75, 0.75, 0.5)):
         good = np.array([fit(i) for i in range(ITEMS - 2)])
         found = row[: ITEMS - 2].topk(8)[1].numpy()
-        assert good[found].mean() >= 0.75
+        assert good[found].mean() >= least > good.mean()
 
 
 def test_listening_is_the_silent_model_and_a_likelihood(shop, listener):
