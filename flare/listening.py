@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from .critiquing import DEPTH, FORMS, checked_strength, form_of, paths_of, silenced
+from .critiquing import DEPTH, FORMS, Categories, checked_strength, each_once, form_of, silenced
 from .masking import Batch
 from .models import FlareModel
 from .sequences import Catalogue
@@ -26,11 +26,12 @@ class ListenConfig:
     "What a listener hears while it learns, and how it does. Raises ValueError on values that make no sense."
     listener_forms: tuple = tuple(FORMS)  # of critiques, all as often
     listener_sayings: int = 12_000  # strings of a form that has versions, about
-    listener_width: int = 512  # of the vectors that are compared
+    listener_width: int = 512  # of the vectors that are compared, of texts and of categories
     listener_steps: int = 1500
     listener_critiques: int = 512  # critiques in a step
     listener_items: int = 2048  # items in a step, of which each critique chooses
     listener_rate: float = 1e-3  # learning rate at its highest; it rises in the first 50 steps and falls to zero like a cosine
+    listener_weight_decay: float = 0.01
 
     def __post_init__(self):
         for name in ("listener_sayings", "listener_width", "listener_steps", "listener_critiques", "listener_items"):
@@ -66,16 +67,28 @@ class Listener(nn.Module):
         config: ListenConfig = ListenConfig(),
     ):
         super().__init__()
-        self.of_critiques, self.of_items = Tower(size, config.listener_width), Tower(2 * size, config.listener_width)
-        with torch.no_grad(): self.of_items.straight.weight.copy_(nn.init.orthogonal_(self.of_critiques.straight.weight).repeat(1, 2))
-        self.scale = nn.Parameter(torch.tensor(2.5))  # the logarithm of what a perfect fit counts
-        self.register_buffer("items", torch.zeros(0, config.listener_width))  # of the catalogue, (V, width), once it is taught
+        self.of_critiques, self.of_items = (nn.ModuleList(Tower(size, config.listener_width) for _ in range(2)) for _ in range(2))  # texts, categories
+        alike = nn.init.orthogonal_(torch.empty(config.listener_width, size))
+        with torch.no_grad():
+            for tower in (*self.of_critiques, *self.of_items): tower.straight.weight.copy_(alike)
+        self.weight = nn.Linear(size, 2)  # the logarithms of what a perfect fit of either counts
+        nn.init.zeros_(self.weight.weight)
+        nn.init.constant_(self.weight.bias, 1.8)
+        self.register_buffer("items", torch.zeros(0, 2 * config.listener_width))  # of the catalogue, (V, 2 width), once it is taught
 
     def wishes(self,
         heard: Tensor,  # (Q, f) what was read of critiques
-    ) -> Tensor:  # (Q, width) to be multiplied with what `of_items` makes
+    ) -> Tensor:  # (Q, 2 width) to be multiplied with `offers`
         "What is asked for."
-        return self.of_critiques(heard) * self.scale.exp() / self.items.shape[1]
+        weights = self.weight(heard).exp() * 2 / self.items.shape[1]
+        return torch.cat([tower(heard) * weight for tower, weight in zip(self.of_critiques, weights.split(1, 1))], 1)
+
+    def offers(self,
+        texts: Tensor,  # (n, f) what was read of items
+        categories: Tensor,  # (n, f) what was read of their own categories
+    ) -> Tensor:  # (n, 2 width)
+        "What items are."
+        return torch.cat([tower(read) for tower, read in zip(self.of_items, (texts, categories))], 1)
 
 # %% ../nbs/15_listening.ipynb #cdbaa3c7
 def read_strings(
@@ -86,8 +99,8 @@ def read_strings(
     progress: bool = False,  # show how far it is
 ) -> Tensor:  # (Q, f); zeros for one that is empty
     "What the model's reader makes of strings, as of the texts of items. Nothing is stored."
-    distinct = sorted({string.strip() for string in strings} - {""})
-    place, tokens = {string: i for i, string in enumerate(distinct)}, encoder.tokens(distinct)
+    place, distinct = each_once(strings)
+    tokens = encoder.tokens(distinct)
     order = np.argsort([len(some) for some in tokens], kind="stable")
     read = torch.zeros(len(distinct) + 1, model.reader.size, device=model.device)  # the last one is that of empty strings
     with torch.no_grad():
@@ -95,7 +108,7 @@ def read_strings(
             if not len(some): continue
             counts = torch.tensor([len(tokens[i]) for i in some], device=model.device)
             read[some] = model.read(encoder.states([tokens[i] for i in some]).to(model.device), counts[:, None]).float()
-    return read[[place.get(string.strip(), -1) for string in strings]]
+    return read[place]
 
 
 def sayings(
@@ -103,15 +116,14 @@ def sayings(
     config: ListenConfig,
 ) -> tuple[list[str], np.ndarray, np.ndarray]:  # distinct strings (Q,), codes (columns, V) of what fits each item, -1 for none, and the form of each column
     "All that can be said about the items of a catalogue. Raises ValueError where that is nothing."
-    about = {"words": len(catalogue), "worn": len(paths_of(catalogue)[0])}  # what has versions, and how many strings each has
+    about = {"words": len(catalogue), "worn": len(Categories.of(catalogue).paths)}  # what has versions, and how many strings each has
     columns = [(form, version) for form in config.listener_forms
                for version in range(max(1, round(config.listener_sayings / about[form])) if about.get(form) else 1)]
-    strings = [string.strip() for form, version in columns for string in form_of(form)(catalogue, version)]
-    distinct, codes = np.unique(strings, return_inverse=True)
-    codes = np.where(distinct[codes] == "", -1, codes).reshape(len(columns), -1)
+    codes, distinct = each_once(string for form, version in columns for string in form_of(form)(catalogue, version))
+    codes = codes.reshape(len(columns), -1)
     spoken = (codes >= 0).any(1)
     if not spoken.any(): raise ValueError(f"nothing can be said about these items: they have no {', '.join(config.listener_forms)}")
-    return list(distinct), codes[spoken], np.unique([config.listener_forms.index(form) for form, _ in columns], return_inverse=True)[1][spoken]
+    return distinct, codes[spoken], np.unique([config.listener_forms.index(form) for form, _ in columns], return_inverse=True)[1][spoken]
 
 
 def teach(
@@ -126,29 +138,29 @@ def teach(
     if not model.config.modalities: raise ValueError("the model reads no texts, so it cannot be taught to listen: give it modalities=('text',)")
     strings, codes, form = sayings(catalogue, config)
     heard, own = read_strings(model, strings, encoder, progress=progress), read_strings(model, catalogue.category_path(DEPTH), encoder)
-    items = torch.cat([model.context_table.rows.float(), own], 1)  # (V, 2 f)
-    rng, codes = np.random.default_rng(seed), torch.from_numpy(codes).to(items.device)
+    texts, device = model.context_table.rows.float(), own.device
+    rng, codes = np.random.default_rng(seed), torch.from_numpy(codes).to(device)
     forms, first, columns = np.unique(form, return_index=True, return_counts=True)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        listener = Listener(heard.shape[1], config).to(items.device).train()
-        optimizer = torch.optim.AdamW(listener.parameters(), lr=config.listener_rate, fused=True)
+        listener = Listener(heard.shape[1], config).to(device).train()
+        optimizer = torch.optim.AdamW(listener.parameters(), lr=config.listener_rate, weight_decay=config.listener_weight_decay, fused=True)
         steps = np.arange(config.listener_steps)
         rates = config.listener_rate * np.minimum(1, (steps + 1) / 50) * (1 + np.cos(np.pi * steps / config.listener_steps)) / 2
         for rate in tqdm(rates, disable=not progress, unit="step"):
-            chosen = torch.from_numpy(rng.permutation(len(items))[: config.listener_items]).to(items.device)
+            chosen = torch.from_numpy(rng.permutation(len(texts))[: config.listener_items]).to(device)
             drawn = rng.integers(len(forms), size=min(config.listener_critiques, len(chosen)))
-            column = torch.from_numpy(first[drawn] + (rng.random(len(drawn)) * columns[drawn]).astype(int)).to(items.device)
+            column = torch.from_numpy(first[drawn] + (rng.random(len(drawn)) * columns[drawn]).astype(int)).to(device)
             fitting = codes[column[:, None], chosen]  # (spoken, candidates)
             said = fitting.diagonal()  # the first items are the ones that are spoken of
             right = (fitting == said[:, None])[said >= 0].float()
-            logits = listener.wishes(heard[said[said >= 0]]) @ listener.of_items(items[chosen]).T
+            logits = listener.wishes(heard[said[said >= 0]]) @ listener.offers(texts[chosen], own[chosen]).T
             loss = F.cross_entropy(logits, right / right.sum(1, keepdim=True))
             for group in optimizer.param_groups: group["lr"] = rate
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-    with torch.no_grad(): listener.items = listener.of_items(items)
+    with torch.no_grad(): listener.items = listener.offers(texts, own)
     return listener.eval()
 
 # %% ../nbs/15_listening.ipynb #d8d61fd5
@@ -157,11 +169,10 @@ def hear(
     listener: Listener,
     strings: list[str],  # (n,) what each user says, "" for nothing
     encoder: Encoder,  # that the texts were read with
-) -> tuple[np.ndarray, Tensor]:  # (n,) wish of each user, -1 where nothing is said, and wishes (Q, width), at least one
+) -> tuple[np.ndarray, Tensor]:  # (n,) wish of each user, -1 where nothing is said, and wishes (Q, 2 width), at least one
     "Understand what is said; what is longer than the encoder's `max_tokens` is cut."
-    distinct, asked = np.unique([string.strip() for string in strings] + [""], return_inverse=True)  # "" comes first
-    if len(distinct) == 1: return np.full(len(strings), -1), listener.items.new_zeros(1, listener.items.shape[1])
-    with torch.no_grad(): return asked[:-1] - 1, listener.wishes(read_strings(model, list(distinct[1:]), encoder))
+    asked, distinct = each_once(strings)
+    with torch.no_grad(): return asked, listener.wishes(read_strings(model, distinct or [""], encoder))
 
 
 def together(
@@ -179,7 +190,7 @@ class Listening(nn.Module):
     def __init__(self,
         model: FlareModel,
         listener: Listener,
-        wishes: Tensor,  # (Q, width) from `hear`
+        wishes: Tensor,  # (Q, 2 width) from `hear`
         strength: float = 1.0,  # 0: not at all; 1: as much as it should; more: exaggerated
     ):
         super().__init__()
@@ -188,5 +199,5 @@ class Listening(nn.Module):
     def scorer(self, batch: Batch):
         "See `FlareModel.scorer`."
         asked, silent = batch.asked, self.model.scorer(silenced(batch))
-        wishes = self.strength * self.wishes[asked.clamp(min=0)] * (asked >= 0)[:, None]  # (M, width)
+        wishes = self.strength * self.wishes[asked.clamp(min=0)] * (asked >= 0)[:, None]  # (M, 2 width)
         return lambda item_slice: silent(item_slice).addmm(wishes, self.items[item_slice].T)

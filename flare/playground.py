@@ -15,13 +15,12 @@ import torch
 from ipywidgets import HTML, Button, FloatSlider, HBox, Layout, Select, Text, VBox
 
 from .critiquing import BETWEEN
-from .masking import evaluation_batches
-from .metrics import evaluating
-from .sequences import Dataset, Sequences
+from .hearing import Answer, scores_of
+from .sequences import Dataset
 
 # %% ../nbs/22_playground.ipynb #88fd4678
 def told(
-    voice: Callable,  # see `flare.hearing`
+    voice: Callable[..., Answer],  # see `flare.hearing`
     dataset: Dataset,
     history: list[int],  # items, oldest first
     critique: str = "",  # what is wanted; "": nothing is said
@@ -31,13 +30,9 @@ def told(
 ) -> pd.DataFrame:  # item, title, category, score, and the place in the list of the silent model
     "The best items for who has chosen these and says that. Raises ValueError on an empty history or a bad strength."
     if not len(history): raise ValueError("the history is empty: choose an item first")
-    scores = []
-    for said in ("", critique):
-        rival, asked, strings = voice([said], strength=strength)
-        (batch,) = evaluation_batches(Sequences.from_lists([history]), np.array([-1]), dataset.n_items, max_len, critiques=asked,
-                                      said=None if (asked < 0).all() else strings)
-        with evaluating(rival): scores.append(rival.scorer(batch)(slice(0, dataset.n_items))[0].float().cpu())
-    silent, heard = scores
+    at, asked, said = voice([critique])
+    silent = scores_of(at(0.0), history, dataset.n_items, max_len, np.array([-1]))
+    heard = scores_of(at(strength), history, dataset.n_items, max_len, asked, said)
     best = heard.topk(min(top, dataset.n_items))[1]
     before = 1 + (silent[None] > silent[best, None]).sum(1)
     table = dataset.catalogue.table.iloc[best.numpy()]

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flare.critiquing import DEPTH, FORMS, CritiqueConfig, Filtered, Guided, categories, matching, misspelt, mutate, silenced
+from flare.critiquing import DEPTH, FORMS, Categories, CritiqueConfig, Filtered, Guided, matching, misspelt, mutate, silenced
 from flare.masking import Critiques, TrainingBatches, collate, evaluation_batches
 from flare.metrics import cat_ndcg, evaluate
 from flare.models import FlareConfig, FlareModel
@@ -182,9 +182,11 @@ def test_a_perfect_list_has_one_and_nothing_asked_has_none():
 def test_a_mutation_keeps_what_is_above_and_changes_the_level(paths, level, least):
     items = catalogue(paths)
     if not items.has_category.any(): return
-    codes, sizes, of_items = categories(items)
-    assert [bool(path) for path in paths] == (of_items >= 0).tolist()
-    changed = mutate(of_items, codes, sizes, level, np.random.default_rng(0), least)
+    categories = Categories.of(items)
+    of_items = categories.of_items
+    assert [bool(path) for path in paths] == (of_items >= 0).tolist() and np.bincount(of_items[of_items >= 0]).tolist() == categories.sizes.tolist()
+    assert categories.spread(["".join(path) for path in categories.paths]) == ["".join(path[:DEPTH]) for path in paths]
+    changed = mutate(of_items, categories, level, np.random.default_rng(0), least)
     full = [tuple(path[:DEPTH]) for path in paths]
     for path, category in zip(full, changed):
         could = {other for other in full if len(path) >= level <= len(other) and other[: level - 1] == path[: level - 1] and other[level - 1] != path[level - 1]
@@ -195,10 +197,10 @@ def test_a_mutation_keeps_what_is_above_and_changes_the_level(paths, level, leas
 
 def test_mutations_are_drawn_evenly():
     items = catalogue([tuple("ab")] + [tuple("a" + x) for x in "cde"] * 5)
-    codes, sizes, of_items = categories(items)
-    found = mutate(np.full(30_000, of_items[0]), codes, sizes, 2, np.random.default_rng(0))
+    categories = Categories.of(items)
+    found = mutate(np.full(30_000, categories.of_items[0]), categories, 2, np.random.default_rng(0))
     assert np.allclose(np.unique(found, return_counts=True)[1] / 30_000, 1 / 3, atol=0.02)
-    with pytest.raises(ValueError, match="level is 5"): mutate(of_items, codes, sizes, 5, np.random.default_rng(0))
+    with pytest.raises(ValueError, match="level is 5"): mutate(categories.of_items, categories, 5, np.random.default_rng(0))
 
 
 def test_filters_match_beginnings_or_words():

@@ -1,4 +1,5 @@
 "What is said counts as much as it is likely to be said of an item; and the hearing test counts as by hand."
+from dataclasses import replace
 from io import BytesIO
 
 import numpy as np
@@ -7,8 +8,8 @@ import pytest
 import torch
 
 from flare.critiquing import DEPTH, silenced
-from flare.experiments import run
-from flare.hearing import RULES, WEAR, WORDING, HearingTest, listening_voice, singular, synonymous, wear
+from flare.experiments import read_traces, run
+from flare.hearing import RULES, WEAR, WORDING, HearingTest, hearing_voice, listening_voice, singular, synonymous, traces, wear
 from flare.listening import ListenConfig, Listening, hear, read_strings, sayings, teach, together
 from flare.masking import evaluation_batches
 from flare.metrics import cat_ndcg, evaluate
@@ -129,7 +130,7 @@ def test_anything_can_be_said(shop, listener, said):
 def test_what_cannot_be_is_refused(shop, listener):
     dataset, model, encoder = shop
     for strength in (float("nan"), float("inf"), 1e9):
-        with pytest.raises(ValueError, match="give a number between -100 and 100"): Listening(model, listener, torch.zeros(1, 32), strength)
+        with pytest.raises(ValueError, match="give a number between -100 and 100"): Listening(model, listener, torch.zeros(1, 64), strength)
     with pytest.raises(ValueError, match="the model reads no texts"): teach(FlareModel(FlareConfig(n_items=ITEMS)), dataset.catalogue, encoder)
     with pytest.raises(ValueError, match="no form of critique louder"): ListenConfig(listener_forms=("louder",))
     with pytest.raises(ValueError, match="listener_steps is 0"): ListenConfig(listener_steps=0)
@@ -174,11 +175,38 @@ def test_the_hearing_test_counts_as_by_hand(shop, listener):
     assert found.results["level 3|filter, silent"]["cat_ndcg@10"] == 1 > found.results["level 3|silent"]["cat_ndcg@10"]
     assert "level 4|silent" not in found.results  # paths have three levels
     assert found.results["last level alone|exact filter, silent"] == found.results["last level alone|silent"]  # it holds nothing
-    assert found.results["last level alone|bm25 filter, silent"] == found.results["precise|filter, silent"] | {"users": float(who.sum())} or \
-        found.results["last level alone|bm25 filter, silent"]["recall@10"] == found.results["precise|filter, silent"]["recall@10"]
+    by_words = found.results["last level alone|bm25 filter, silent"]  # the last level stands in one path each
+    assert by_words == {name: found.results["precise|filter, silent"][name] for name in by_words}
     kept = pd.read_parquet(BytesIO(found.to_parquet()))
     assert kept["user"].tolist() == found.test.users.tolist() and (kept.loc[~who, "precise|silent"] == 0).all()
     assert kept.loc[who, "precise|silent"].tolist() == ranks.pessimistic.tolist()
+
+
+def test_lists_to_be_read_are_those_of_the_model(shop, listener):
+    dataset, model, encoder = shop
+    split, voice = leave_one_out(dataset), listening_voice(model, listener, encoder)
+    found = traces(model, voice, dataset, split, users=3, recent=4, top=5)
+    titles, own = dataset.catalogue.table["title"], np.array(dataset.catalogue.category_path(DEPTH))
+    for user, lists in found.groupby("user"):
+        of = {kind: part for kind, part in lists.groupby("kind")}
+        history = split.test.history[user][-4:]
+        assert of["history"]["title"].tolist() == titles[history].tolist() and of["next"]["title"].tolist() == [titles[split.test.targets[user]]]
+        said = {kind: part["said"].iloc[0] for kind, part in of.items()}
+        assert said["what comes next"] == own[split.test.targets[user]] not in own[history]
+        assert said["not in the history"] in ({*own} - {*own[history], said["what comes next"], ""} or {said["in the history"]})
+        assert said["in the history"] == [path for path in own[history] if path][-1] and said["broadened"] == said["in the history"].rsplit(" - ", 1)[0]
+        at, asked, _ = voice([said["broadened"]])
+        part = type(split.test)(split.test.users[[user]], split.test.history.take(np.array([user])), split.test.targets[[user]])
+        assert of["broadened"]["title"].tolist() == titles[evaluate(at(1.0), part, ITEMS, 50, top=5, critiques=asked).top[0]].tolist()
+        assert of["nothing"]["title"].tolist() == titles[evaluate(model, part, ITEMS, 50, top=5).top[0]].tolist()
+    assert found["user"].nunique() == 3 and set(traces(model, None, dataset, split)["kind"]) == {"history", "next", "nothing"}
+    assert len(traces(model, voice, replace(dataset, catalogue=Catalogue(dataset.catalogue.table.assign(category=[()] * ITEMS))), split)) == 0
+
+
+def test_who_hears_can_be_told_nothing(shop):
+    _, model, encoder = shop
+    at, asked, said = hearing_voice(model, TextConfig(encoder=encoder.name), "embedding")(["", " "])
+    assert asked.tolist() == [-1, -1] and said is None
 
 
 @pytest.mark.parametrize("model", ["flare_listens", "flare_hears"])
@@ -193,8 +221,9 @@ def test_a_model_that_is_told_things_has_a_record(tmp_path, model):
     small = dict(hidden_size=16, heads=2, ffn_size=32, layers=1, perceiver_size=32, perceiver_heads=2, perceiver_layers=1, epochs=1, evaluate_every=1,
                  encoder=str(write_encoder(tmp_path / "encoder", words=WORDS)), listener_steps=5, listener_sayings=20, listener_width=16)
     record = run("told", model, str(shop), parameters=small, root=tmp_path / "paper", progress=False)
+    assert read_traces("told", tmp_path / "paper")[["model", "dataset", "seed"]].drop_duplicates().values.tolist() == [[model, "shop", 0]]
     path = record.path(tmp_path / "paper")
     assert read_record(path) == record and staleness(record) == "" and path.with_suffix(".heard.parquet").exists()
-    assert record.metrics["precise|listens 1"]["users"] == 30 and record.metrics["chosen on validation"]["strength"] > 0
+    assert record.metrics["precise|listens 1"]["users"] == 30 and record.metrics["precise|chosen on validation"]["strength"] > 0
     assert {"flare.hearing", "flare.listening", "flare.critiquing"} <= set(code_digest(model)) and "flare.hearing" not in code_digest("flare")
     assert ("listener_steps" in record.parameters) == (model == "flare_listens") and "teach_seconds" in record.cost
