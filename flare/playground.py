@@ -90,6 +90,7 @@ class Playground(VBox):
         self.past.value = "<ol>" + "".join(f"<li>{escape(self.titles[item])}</li>" for item in self.history) + "</ol>"
         try:
             self.table = told(self.voice, self.dataset, self.history, self.critique.value, self.strength.value, self.top)
-            self.answer.value = self.table.drop(columns="item").to_html()
+            shown = self.table.drop(columns="item").rename_axis(columns="place", index=None)
+            self.answer.value = f'<div class="jp-RenderedHTMLCommon">{shown.to_html(border=0, justify="left")}</div>'
         except ValueError as error:
             self.table, self.answer.value = None, f"<p>{escape(str(error))}</p>"
