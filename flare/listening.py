@@ -26,7 +26,7 @@ class ListenConfig:
     "What a listener hears while it learns, and how it does. Raises ValueError on values that make no sense."
     listener_forms: tuple = tuple(FORMS)  # of critiques, all as often
     listener_sayings: int = 12_000  # strings of a form that has versions, about
-    listener_width: int = 512  # of the vectors that are compared, of texts and of categories
+    listener_width: int = 512  # of the vectors that are compared
     listener_steps: int = 1500
     listener_critiques: int = 512  # critiques in a step
     listener_items: int = 2048  # items in a step, of which each critique chooses
@@ -67,28 +67,16 @@ class Listener(nn.Module):
         config: ListenConfig = ListenConfig(),
     ):
         super().__init__()
-        self.of_critiques, self.of_items = (nn.ModuleList(Tower(size, config.listener_width) for _ in range(2)) for _ in range(2))  # texts, categories
-        alike = nn.init.orthogonal_(torch.empty(config.listener_width, size))
-        with torch.no_grad():
-            for tower in (*self.of_critiques, *self.of_items): tower.straight.weight.copy_(alike)
-        self.weight = nn.Linear(size, 2)  # the logarithms of what a perfect fit of either counts
-        nn.init.zeros_(self.weight.weight)
-        nn.init.constant_(self.weight.bias, 1.8)
-        self.register_buffer("items", torch.zeros(0, 2 * config.listener_width))  # of the catalogue, (V, 2 width), once it is taught
+        self.of_critiques, self.of_items = Tower(size, config.listener_width), Tower(2 * size, config.listener_width)
+        with torch.no_grad(): self.of_items.straight.weight.copy_(nn.init.orthogonal_(self.of_critiques.straight.weight).repeat(1, 2))
+        self.scale = nn.Parameter(torch.tensor(2.5))  # the logarithm of what a perfect fit counts
+        self.register_buffer("items", torch.zeros(0, config.listener_width))  # of the catalogue, (V, width), once it is taught
 
     def wishes(self,
         heard: Tensor,  # (Q, f) what was read of critiques
-    ) -> Tensor:  # (Q, 2 width) to be multiplied with `offers`
+    ) -> Tensor:  # (Q, width) to be multiplied with what `of_items` makes
         "What is asked for."
-        weights = self.weight(heard).exp() * 2 / self.items.shape[1]
-        return torch.cat([tower(heard) * weight for tower, weight in zip(self.of_critiques, weights.split(1, 1))], 1)
-
-    def offers(self,
-        texts: Tensor,  # (n, f) what was read of items
-        categories: Tensor,  # (n, f) what was read of their own categories
-    ) -> Tensor:  # (n, 2 width)
-        "What items are."
-        return torch.cat([tower(read) for tower, read in zip(self.of_items, (texts, categories))], 1)
+        return self.of_critiques(heard) * self.scale.exp() / self.items.shape[1]
 
 # %% ../nbs/15_listening.ipynb #cdbaa3c7
 def read_strings(
@@ -138,7 +126,7 @@ def teach(
     if not model.config.modalities: raise ValueError("the model reads no texts, so it cannot be taught to listen: give it modalities=('text',)")
     strings, codes, form = sayings(catalogue, config)
     heard, own = read_strings(model, strings, encoder, progress=progress), read_strings(model, catalogue.category_path(DEPTH), encoder)
-    texts, device = model.context_table.rows.float(), own.device
+    items, device = torch.cat([model.context_table.rows.float(), own], 1), own.device  # (V, 2 f)
     rng, codes = np.random.default_rng(seed), torch.from_numpy(codes).to(device)
     forms, first, columns = np.unique(form, return_index=True, return_counts=True)
     with torch.random.fork_rng(devices=[]):
@@ -148,19 +136,19 @@ def teach(
         steps = np.arange(config.listener_steps)
         rates = config.listener_rate * np.minimum(1, (steps + 1) / 50) * (1 + np.cos(np.pi * steps / config.listener_steps)) / 2
         for rate in tqdm(rates, disable=not progress, unit="step"):
-            chosen = torch.from_numpy(rng.permutation(len(texts))[: config.listener_items]).to(device)
+            chosen = torch.from_numpy(rng.permutation(len(items))[: config.listener_items]).to(device)
             drawn = rng.integers(len(forms), size=min(config.listener_critiques, len(chosen)))
             column = torch.from_numpy(first[drawn] + (rng.random(len(drawn)) * columns[drawn]).astype(int)).to(device)
             fitting = codes[column[:, None], chosen]  # (spoken, candidates)
             said = fitting.diagonal()  # the first items are the ones that are spoken of
             right = (fitting == said[:, None])[said >= 0].float()
-            logits = listener.wishes(heard[said[said >= 0]]) @ listener.offers(texts[chosen], own[chosen]).T
+            logits = listener.wishes(heard[said[said >= 0]]) @ listener.of_items(items[chosen]).T
             loss = F.cross_entropy(logits, right / right.sum(1, keepdim=True))
             for group in optimizer.param_groups: group["lr"] = rate
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-    with torch.no_grad(): listener.items = listener.offers(texts, own)
+    with torch.no_grad(): listener.items = listener.of_items(items)
     return listener.eval()
 
 # %% ../nbs/15_listening.ipynb #d8d61fd5
@@ -169,7 +157,7 @@ def hear(
     listener: Listener,
     strings: list[str],  # (n,) what each user says, "" for nothing
     encoder: Encoder,  # that the texts were read with
-) -> tuple[np.ndarray, Tensor]:  # (n,) wish of each user, -1 where nothing is said, and wishes (Q, 2 width), at least one
+) -> tuple[np.ndarray, Tensor]:  # (n,) wish of each user, -1 where nothing is said, and wishes (Q, width), at least one
     "Understand what is said; what is longer than the encoder's `max_tokens` is cut."
     asked, distinct = each_once(strings)
     with torch.no_grad(): return asked, listener.wishes(read_strings(model, distinct or [""], encoder))
@@ -190,7 +178,7 @@ class Listening(nn.Module):
     def __init__(self,
         model: FlareModel,
         listener: Listener,
-        wishes: Tensor,  # (Q, 2 width) from `hear`
+        wishes: Tensor,  # (Q, width) from `hear`
         strength: float = 1.0,  # 0: not at all; 1: as much as it should; more: exaggerated
     ):
         super().__init__()
@@ -199,5 +187,5 @@ class Listening(nn.Module):
     def scorer(self, batch: Batch):
         "See `FlareModel.scorer`."
         asked, silent = batch.asked, self.model.scorer(silenced(batch))
-        wishes = self.strength * self.wishes[asked.clamp(min=0)] * (asked >= 0)[:, None]  # (M, 2 width)
+        wishes = self.strength * self.wishes[asked.clamp(min=0)] * (asked >= 0)[:, None]  # (M, width)
         return lambda item_slice: silent(item_slice).addmm(wishes, self.items[item_slice].T)

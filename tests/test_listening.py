@@ -9,7 +9,7 @@ import torch
 
 from flare.critiquing import DEPTH, silenced
 from flare.experiments import read_traces, run
-from flare.hearing import RULES, WEAR, WORDING, HearingTest, hearing_voice, listening_voice, singular, synonymous, traces, wear
+from flare.hearing import RULES, WEAR, WORDING, HearingTest, Remembering, hearing_voice, listening_voice, singular, synonymous, traces, wear
 from flare.listening import ListenConfig, Listening, hear, read_strings, sayings, teach, together
 from flare.masking import evaluation_batches
 from flare.metrics import cat_ndcg, evaluate
@@ -98,6 +98,24 @@ def test_listening_is_the_silent_model_and_a_likelihood(shop, listener):
         torch.testing.assert_close(parts, Listening(model, listener, wishes).scorer(made)(everything), atol=1e-6, rtol=1e-6)
 
 
+def test_a_model_thinks_once_of_the_same_histories(shop, listener):
+    _, model, encoder = shop
+    class Counting(torch.nn.Module):
+        asked = 0
+        def scorer(self, batch):
+            Counting.asked += 1
+            return model.scorer(batch)
+    once, everything = Remembering(Counting(), most=2), slice(0, ITEMS)
+    asked, wishes = hear(model, listener, ["pens", "", "red"], encoder)
+    with torch.no_grad():
+        for strength in (1.0, 2.0):
+            torch.testing.assert_close(Listening(once, listener, wishes, strength).scorer(batch(asked))(everything), Listening(model, listener, wishes, strength).scorer(batch(asked))(everything))
+        assert Counting.asked == 1
+        torch.testing.assert_close(once.scorer(batch([-1, -1]))(everything), model.scorer(batch([-1, -1]))(everything))
+        once.scorer(batch([-1])), once.scorer(silenced(batch(asked)))
+    assert Counting.asked == 4 and len(once.kept) == 2  # the oldest was forgotten
+
+
 def test_two_wishes_add_up_for_who_has_both(shop, listener):
     _, model, encoder = shop
     first, second = (hear(model, listener, said, encoder) for said in (["pens", "", "pens", ""], ["red", "red", "", ""]))
@@ -130,7 +148,7 @@ def test_anything_can_be_said(shop, listener, said):
 def test_what_cannot_be_is_refused(shop, listener):
     dataset, model, encoder = shop
     for strength in (float("nan"), float("inf"), 1e9):
-        with pytest.raises(ValueError, match="give a number between -100 and 100"): Listening(model, listener, torch.zeros(1, 64), strength)
+        with pytest.raises(ValueError, match="give a number between -100 and 100"): Listening(model, listener, torch.zeros(1, 32), strength)
     with pytest.raises(ValueError, match="the model reads no texts"): teach(FlareModel(FlareConfig(n_items=ITEMS)), dataset.catalogue, encoder)
     with pytest.raises(ValueError, match="no form of critique louder"): ListenConfig(listener_forms=("louder",))
     with pytest.raises(ValueError, match="listener_steps is 0"): ListenConfig(listener_steps=0)
