@@ -3,8 +3,10 @@ PYTHON ?= python3
 VENV ?= .venv
 DATASET ?= ml-100k
 BIN := $(VENV)/bin
+TINY := hidden_size=16 heads=2 ffn_size=32 layers=1 perceiver_size=16 perceiver_heads=2 perceiver_layers=1 latents=1 max_len=10 \
+	epochs=1 evaluate_every=1 listener_steps=5 listener_sayings=200 listener_width=16
 
-.PHONY: setup quickstart test readme peers clean
+.PHONY: setup quickstart test smoke readme peers clean
 
 quickstart: setup  ## train on DATASET and print its table (others need FLARE_DATA, e.g. DATASET=recformer/Scientific)
 	$(BIN)/flare grid benchmark.yml --only dataset=$(DATASET) seed=0 --set experiment=quickstart
@@ -12,6 +14,15 @@ quickstart: setup  ## train on DATASET and print its table (others need FLARE_DA
 
 test: setup  ## every component notebook, the sync and clean gates, tests/
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+
+smoke: setup  ## every grid with tiny models on MovieLens, every other experiment notebook, every page of results; no record is kept
+	rm -rf paper/records/smoke
+	for grid in nbs/experiments/*.yml; do \
+		OMP_NUM_THREADS=1 $(BIN)/flare grid $$grid --only seed=0 --workers 2 --set experiment=smoke dataset=ml-100k $(TINY) || exit 1; done
+	$(BIN)/papermill --no-progress-bar nbs/experiments/datasets.ipynb paper/runs/smoke/datasets.ipynb -p names ml-100k
+	$(BIN)/papermill --no-progress-bar nbs/experiments/speed.ipynb paper/runs/smoke/speed.ipynb -p parts ""
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 tests/test_notebooks.py -k results
+	rm -rf paper/records/smoke paper/runs/smoke
 
 readme: setup  ## README.md from nbs/index.ipynb
 	$(BIN)/jupyter nbconvert --to markdown nbs/index.ipynb --output-dir . --output README --TagRemovePreprocessor.enabled=True \

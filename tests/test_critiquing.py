@@ -206,7 +206,7 @@ def test_mutations_are_drawn_evenly():
 def test_filters_match_beginnings_or_words():
     items = catalogue([("Office", "Desk Chairs"), ("Office", "Staplers", "Heavy Duty"), ("Garden", "Chairs")])
     assert matching(["Office", "Office - Staplers", "none such"], items).tolist() == [[True, True, False], [False, True, False], [True] * 3]
-    assert matching(["staplers, heavy", "garden"], items, "bm25").tolist() == [[False, True, False], [False, False, True]]
+    assert matching(["staplers, heavy", "garden", "garden chairs"], items, "bm25").tolist() == [[False, True, False], [False, False, True], [False, False, True]]
 
 
 def test_forms_say_what_the_catalogue_says():
@@ -231,6 +231,12 @@ def test_one_letter_is_wrong_in_a_word_that_is_long_enough(text, seed):
     assert len(before) == len(after) and sum(a != b for a, b in zip(before, after)) <= 1
     assert wrong == text or any(len(part) >= 4 for part in re.findall(r"\w+", text))
     assert abs(len(wrong) - len(text)) <= 1
+
+
+def test_every_word_and_every_kind_of_mistake_has_its_turn():
+    first, second = zip(*(misspelt("abcd efgh", np.random.default_rng(seed)).split() for seed in range(400)))
+    assert {"acbd", "abdc", "acd", "abd", "abbcd", "abccd"} <= set(first) and {"egfh", "egh", "effgh"} <= set(second)
+    assert any(len(word) == 4 and set(word) - set("abcd") for word in first)
 
 
 def test_an_exact_match_can_be_told_how_deep_it_goes():
