@@ -27,7 +27,7 @@ from .listening import ListenConfig, teach
 from .memory import plan_memory
 from .metrics import METRICS, Ranks, evaluate
 from .models import FlareModel
-from .records import (SPLITS, TRAINING_FREE, Record, code_digest, configs, environment, parameters_of, project_folder,
+from .records import (SPLITS, TAUGHT, TRAINING_FREE, Record, code_digest, configs, environment, parameters_of, project_folder,
                            read_record, record_key, record_path, resolve, staleness, typed, write_record)
 from .text import Encoder, item_texts, token_states
 from .trainer import train
@@ -111,7 +111,7 @@ def run(
         if path.exists() and not staleness(found := read_record(path), data.fingerprint):
             record = found
         else:
-            code, parts, trained = code_digest(model), SPLITS[split](data), "flare" if model == "flare_listens" else model  # listening is taught after training
+            code, parts, trained = code_digest(model), SPLITS[split](data), TAUGHT.get(model, model)
             claim(folder, {"code": code_digest(trained), "data": data.fingerprint, "config": {name: complete[name] for name in parameters_of(trained)}})
             ready, cost, max_len, voice = build(model, complete, data, parts, seed, folder, progress)
             start = time.perf_counter()

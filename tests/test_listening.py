@@ -7,9 +7,10 @@ import pandas as pd
 import pytest
 import torch
 
+from flare import experiments
 from flare.critiquing import DEPTH, silenced
 from flare.experiments import read_traces, run
-from flare.hearing import RULES, WEAR, WORDING, HearingTest, Remembering, hearing_voice, listening_voice, singular, synonymous, traces, wear
+from flare.hearing import RULES, STRENGTHS, WEAR, WORDING, HearingTest, Remembering, hearing_voice, listening_voice, singular, synonymous, traces, wear
 from flare.listening import ListenConfig, Listening, hear, read_strings, sayings, teach, together
 from flare.masking import evaluation_batches
 from flare.metrics import cat_ndcg, evaluate
@@ -199,6 +200,12 @@ def test_the_hearing_test_counts_as_by_hand(shop, listener):
     assert found.results["last level alone|exact filter, silent"] == found.results["last level alone|silent"]  # it holds nothing
     by_words = found.results["last level alone|bm25 filter, silent"]  # the last level stands in one path each
     assert by_words == {name: found.results["precise|filter, silent"][name] for name in by_words}
+    own = np.array(dataset.catalogue.category_path(DEPTH), object)[found.validation.targets]
+    known = np.flatnonzero(own != "")
+    part = type(found.test)(found.validation.users[known], found.validation.history.take(known), found.validation.targets[known])
+    asked, wishes = hear(model, listener, list(own[known]), encoder)
+    worth = {s: evaluate(Listening(model, listener, wishes, s), part, ITEMS, 50, critiques=asked).metrics()["ndcg@10_pessimistic"] for s in STRENGTHS}
+    assert worth[found.results["precise|chosen on validation"]["strength"]] == pytest.approx(max(worth.values())) > min(worth.values())
     kept = pd.read_parquet(BytesIO(found.to_parquet()))
     assert kept["user"].tolist() == found.test.users.tolist() and (kept.loc[~who, "precise|silent"] == 0).all()
     assert kept.loc[who, "precise|silent"].tolist() == ranks.pessimistic.tolist()
@@ -231,8 +238,9 @@ def test_who_hears_can_be_told_nothing(shop):
     assert asked.tolist() == [-1, -1] and said is None
 
 
-@pytest.mark.parametrize("model", ["flare_listens", "flare_hears"])
-def test_a_model_that_is_told_things_has_a_record(tmp_path, model):
+@pytest.fixture
+def folder(tmp_path):
+    "The folder of a small made-up shop."
     shop = tmp_path / "shop"
     shop.mkdir()
     rng = np.random.default_rng(0)
@@ -240,9 +248,29 @@ def test_a_model_that_is_told_things_has_a_record(tmp_path, model):
     pd.DataFrame(rows, columns=["user", "item", "timestamp"]).to_csv(shop / "interactions.csv", index=False)
     pd.DataFrame({"item": [f"i{i}" for i in range(20)], "title": [f"thing {i}" for i in range(20)],
                   "category": [f"office > {SHELVES[i % 4]}" for i in range(20)]}).to_csv(shop / "items.csv", index=False)
+    return shop
+
+
+def test_checkpoints_survive_a_change_of_what_is_taught_and_of_nothing_else(folder, tmp_path, monkeypatch):
+    def stopped(*arguments): raise InterruptedError
+    digest, changed = code_digest, set()
+    monkeypatch.setattr(experiments, "build", stopped)
+    monkeypatch.setattr(experiments, "code_digest", lambda model: digest(model) | {"changed": "yes"} if model in changed else digest(model))
+    def checkpoint(*models):
+        "That of a run which is stopped, after the code of some models has changed."
+        changed.update(models)
+        with pytest.raises(InterruptedError): run("told", "flare_listens", str(folder), root=tmp_path, progress=False)
+        (there,) = (part for part in (tmp_path / "runs/told").iterdir() if part.is_dir())
+        return there / "checkpoint"
+    checkpoint().touch()
+    assert checkpoint("flare_listens").exists() and not checkpoint("flare").exists()
+
+
+@pytest.mark.parametrize("model", ["flare_listens", "flare_hears"])
+def test_a_model_that_is_told_things_has_a_record(folder, tmp_path, model):
     small = dict(hidden_size=16, heads=2, ffn_size=32, layers=1, perceiver_size=32, perceiver_heads=2, perceiver_layers=1, epochs=1, evaluate_every=1,
                  encoder=str(write_encoder(tmp_path / "encoder", words=WORDS)), listener_steps=5, listener_sayings=20, listener_width=16)
-    record = run("told", model, str(shop), parameters=small, root=tmp_path / "paper", progress=False)
+    record = run("told", model, str(folder), parameters=small, root=tmp_path / "paper", progress=False)
     assert read_traces("told", tmp_path / "paper")[["model", "dataset", "seed"]].drop_duplicates().values.tolist() == [[model, "shop", 0]]
     path = record.path(tmp_path / "paper")
     assert read_record(path) == record and staleness(record) == "" and path.with_suffix(".heard.parquet").exists()
