@@ -223,13 +223,13 @@ class HearingTest:
         return {"filter, popularity": Filtered(self.popular, allowed), "filter, silent": Filtered(self.silent, allowed)}, asked
 
     def choose(self, form: str):
-        "The best of STRENGTHS for a form of critique, on validation."
+        "The best of STRENGTHS for a form of critique, on validation; of equals the one nearest to 1."
         strings, found = self.of_targets(FORMS[form](self.dataset.catalogue, 0), self.validation), {}
         at, asked, said = self.voice(strings)
         for strength in STRENGTHS:
             ranks = self.judge("", at(strength), asked, said, asked >= 0, holdout=self.validation)
             found[strength] = float(ranks.gains("ndcg@10", pessimistic=True).mean())
-        self.results[f"{form}|chosen on validation"] = {"strength": max(found, key=found.get)}
+        self.results[f"{form}|chosen on validation"] = {"strength": max(found, key=lambda strength: (found[strength], -abs(np.log(strength))))}
 
     def compare(self,
         said: str,  # name of what is said

@@ -1,4 +1,5 @@
 "What is said counts as much as it is likely to be said of an item; and the hearing test counts as by hand."
+import copy
 from dataclasses import replace
 from io import BytesIO
 
@@ -8,7 +9,7 @@ import pytest
 import torch
 
 from flare import experiments
-from flare.critiquing import DEPTH, silenced
+from flare.critiquing import DEPTH, FORMS, each_once, form_of, silenced
 from flare.experiments import read_traces, run
 from flare.hearing import RULES, STRENGTHS, WEAR, WORDING, HearingTest, Remembering, hearing_voice, listening_voice, singular, synonymous, traces, wear
 from flare.listening import ListenConfig, Listening, hear, read_strings, sayings, teach, together
@@ -77,7 +78,7 @@ def test_an_item_is_found_by_what_is_said_of_it(shop, listener):
     said = ["staplers", "office - room1 - printers", "room0 - office", "red"]
     fits = [lambda i: i % 4 == 0, lambda i: i % 4 == 1, lambda i: i % 2 == 0, lambda i: i % 3 == 0]
     asked, wishes = hear(model, listener, said, encoder)
-    likely = wishes[asked] @ listener.items.T
+    likely = wishes.vectors[asked] @ listener.items.T
     for row, fit, least in zip(likely, fits, (0.75, 0.75, 0.75, 0.5)):
         good = np.array([fit(i) for i in range(ITEMS - 2)])
         found = row[: ITEMS - 2].topk(8)[1].numpy()
@@ -86,17 +87,42 @@ def test_an_item_is_found_by_what_is_said_of_it(shop, listener):
 
 def test_listening_is_the_silent_model_and_a_likelihood(shop, listener):
     _, model, encoder = shop
-    asked, wishes = hear(model, listener, ["pens", "", "red"], encoder)
+    asked, wishes = hear(model, listener, ["red", "", "acme"], encoder)
+    assert wishes.known.tolist() == [-1, listener.known["acme"]]
     made, everything = batch(asked), slice(0, ITEMS)
+    likely = listener.likelihood(wishes.vectors, wishes.known, everything)
+    torch.testing.assert_close(likely[0], wishes.vectors[0] @ listener.items.T)  # words of its own are guessed
     with torch.no_grad():
         silent = model.scorer(silenced(made))(everything)
         for strength in (0.0, 1.0, 2.5):
             scores = Listening(model, listener, wishes, strength).scorer(made)(everything)
             for user, wish in enumerate(asked):
-                expected = silent[user] + (strength * wishes[wish] @ listener.items.T if wish >= 0 else 0)
+                expected = silent[user] + (strength * likely[wish] if wish >= 0 else 0)
                 torch.testing.assert_close(scores[user], expected, atol=1e-5, rtol=1e-5)
         parts = torch.cat([Listening(model, listener, wishes).scorer(made)(part) for part in (slice(0, 20), slice(20, ITEMS))], 1)
         torch.testing.assert_close(parts, Listening(model, listener, wishes).scorer(made)(everything), atol=1e-6, rtol=1e-6)
+
+
+def test_the_catalogues_own_words_are_known(shop, listener):
+    dataset, model, encoder = shop
+    asked, wishes = hear(model, listener, ["office - room1 - printers", "acme", "printers", "office"], encoder)
+    assert (wishes.known >= 0).tolist() == [True, True, True, False]  # one level is no form of critique
+    likely = listener.likelihood(wishes.vectors, wishes.known, slice(0, ITEMS))
+    times = np.array([[sum(form_of(form)(dataset.catalogue, 0)[item] == said for form in FORMS if form not in ("words", "worn")) for item in range(ITEMS)]
+                      for said in ("office - room1 - printers", "acme", "printers")])
+    assert set(times.max(1)) == {1}
+    for row, fits in zip(likely, times > 0):
+        assert (row[fits] == 0).all() and fits.any()  # all alike
+        assert (row[~fits] <= np.log(1e-4)).all() and row[~fits].unique().numel() > 3  # the others by what they are like
+    path = "office - room0"  # two forms of a path that ends there, one of a longer one
+    catalogue = Catalogue(dataset.catalogue.table.assign(category=[("office", "room0"), *dataset.catalogue.table["category"][1:]]))
+    codes, strings = each_once(string for form in ("precise", "broad") for string in form_of(form)(catalogue, 0))
+    taught = copy.deepcopy(listener)
+    taught.remember(strings, codes.reshape(2, -1))
+    row = taught.likelihood(torch.zeros(1, taught.items.shape[1]), torch.tensor([taught.known[path]]), slice(0, ITEMS))[0]
+    assert row[0] == pytest.approx(np.log(2)) and set(row[[i for i in range(2, ITEMS - 2, 2)]].tolist()) == {0.0}
+    typical = taught.items[[i for i in range(ITEMS) if row[i] >= 0] + [0]].mean(0)
+    torch.testing.assert_close(taught.fitting[taught.known[path]], typical)
 
 
 def test_a_model_thinks_once_of_the_same_histories(shop, listener):
@@ -123,11 +149,13 @@ def test_two_wishes_add_up_for_who_has_both(shop, listener):
     _, model, encoder = shop
     first, second = (hear(model, listener, said, encoder) for said in (["pens", "", "pens", ""], ["red", "red", "", ""]))
     asked, wishes = together(first, second)
-    pens, red = first[1][first[0][0]], second[1][second[0][0]]
-    for user, expected in enumerate((pens + red, red, pens)): torch.testing.assert_close(wishes[asked[user]], expected)
     assert asked[3] == -1
-    alone, same = together(first)
-    assert [torch.equal(same[a], first[1][b]) for a, b in zip(alone, first[0]) if b >= 0] == [True, True]
+    made, everything = batch(asked), slice(0, ITEMS)
+    with torch.no_grad():
+        silent, both = model.scorer(silenced(made))(everything), Listening(model, listener, wishes, 1.5).scorer(made)(everything)
+        alone = [Listening(model, listener, one[1], 1.5).scorer(batch(one[0]))(everything) - model.scorer(silenced(batch(one[0])))(everything) for one in (first, second)]
+    torch.testing.assert_close(both - silent, alone[0] + alone[1], atol=1e-4, rtol=1e-4)
+    assert (alone[0][0] != 0).any() and (alone[1][0] != 0).any() and (alone[0][1] == 0).all()
 
 
 def test_teaching_is_repeatable_and_leaves_everything_else_alone(shop, listener):
@@ -151,11 +179,13 @@ def test_anything_can_be_said(shop, listener, said):
 
 def test_what_cannot_be_is_refused(shop, listener):
     dataset, model, encoder = shop
+    _, wishes = hear(model, listener, ["red"], encoder)
     for strength in (float("nan"), float("inf"), 1e9):
-        with pytest.raises(ValueError, match="give a number between -100 and 100"): Listening(model, listener, torch.zeros(1, 32), strength)
+        with pytest.raises(ValueError, match="give a number between -100 and 100"): Listening(model, listener, wishes, strength)
     with pytest.raises(ValueError, match="the model reads no texts"): teach(FlareModel(FlareConfig(n_items=ITEMS)), dataset.catalogue, encoder)
     with pytest.raises(ValueError, match="no form of critique louder"): ListenConfig(listener_forms=("louder",))
     with pytest.raises(ValueError, match="listener_steps is 0"): ListenConfig(listener_steps=0)
+    with pytest.raises(ValueError, match="listener_slips is 0"): ListenConfig(listener_slips=0)
     bare = Catalogue(pd.DataFrame({"item": ["a"], "title": [""], "category": [()]}))
     with pytest.raises(ValueError, match="nothing can be said about these items"): sayings(bare, ListenConfig())
 
@@ -200,12 +230,11 @@ def test_the_hearing_test_counts_as_by_hand(shop, listener):
     assert found.results["last level alone|exact filter, silent"] == found.results["last level alone|silent"]  # it holds nothing
     by_words = found.results["last level alone|bm25 filter, silent"]  # the last level stands in one path each
     assert by_words == {name: found.results["precise|filter, silent"][name] for name in by_words}
-    own = np.array(dataset.catalogue.category_path(DEPTH), object)[found.validation.targets]
-    known = np.flatnonzero(own != "")
-    part = type(found.test)(found.validation.users[known], found.validation.history.take(known), found.validation.targets[known])
-    asked, wishes = hear(model, listener, list(own[known]), encoder)
-    worth = {s: evaluate(Listening(model, listener, wishes, s), part, ITEMS, 50, critiques=asked).metrics()["ndcg@10_pessimistic"] for s in STRENGTHS}
-    assert min(worth.values()) < worth[found.results["precise|chosen on validation"]["strength"]] == pytest.approx(max(worth.values()))
+    found.choose("words")
+    asked, wishes = hear(model, listener, [FORMS["words"](dataset.catalogue, 0)[target] for target in found.validation.targets], encoder)
+    worth = {s: evaluate(Listening(model, listener, wishes, s), found.validation, ITEMS, 50, critiques=asked).metrics()["ndcg@10_pessimistic"] for s in STRENGTHS}
+    assert min(worth.values()) < worth[found.results["words|chosen on validation"]["strength"]] == pytest.approx(max(worth.values()))
+    assert found.results["precise|chosen on validation"]["strength"] == 1  # all are equal for words that are known
     kept = pd.read_parquet(BytesIO(found.to_parquet()))
     assert kept["user"].tolist() == found.test.users.tolist() and (kept.loc[~who, "precise|silent"] == 0).all()
     assert kept.loc[who, "precise|silent"].tolist() == ranks.pessimistic.tolist()
