@@ -344,7 +344,7 @@ def test_stale_ones_only_on_request(project, monkeypatch):
     with (project / "shop/interactions.csv").open("a") as lines:
         lines.write("u0,i9,99\n")
     calls = []
-    monkeypatch.setattr(grid, "execute", lambda point, project, threads: calls.append(point.key) or (0.0, ""))
+    monkeypatch.setattr(grid, "execute", lambda point, project, threads, gpu: calls.append(point.key) or (0.0, ""))
     left = run_grid(shop, executor=here([]), project=project, progress=False)
     assert list(left["state"]) == ["stale"] * 2 and not calls and set(left["note"]) == {"data changed: shop"}
     assert list(run_grid(shop, executor=here([]), stale=True, project=project, progress=False)["state"]) == ["done"] * 2
@@ -399,6 +399,33 @@ def test_threads_are_divided(project, monkeypatch, workers):
     shop = Grid("benchmark", {"dataset": str(project / "shop")}, [{"model": ["popularity", "lir"]}])
     run_grid(shop, workers=workers, project=project, progress=False)
     assert seen == [8 // workers] * 2
+
+
+def test_each_place_has_a_gpu_of_its_own(project, monkeypatch):
+    seen = []
+
+    def papermill(command, env, **_):
+        seen.append(env.get("CUDA_VISIBLE_DEVICES"))
+        time.sleep(0.1)
+        return subprocess.CompletedProcess(command, 1, "", "stopped")
+
+    monkeypatch.setattr(grid.subprocess, "run", papermill)
+    shop = Grid("benchmark", {"dataset": str(project / "shop")}, [{"model": ["popularity", "lir", "repeat_last"]}])
+    for visible, expected in (("4,7", {"4", "7"}), ("4", {"4"})):
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+        run_grid(shop, workers=2, project=project, progress=False)
+        assert set(seen) == expected and len(seen) == 3
+        seen.clear()
+
+
+def test_dask_runs_a_grid(project):
+    distributed = pytest.importorskip("distributed")
+    shop = Grid("benchmark", {"dataset": str(project / "shop")}, [{"model": ["popularity", "repeat_last", "lir"]}])
+    with distributed.LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=None, local_directory=str(project)) as cluster, cluster.get_client() as client:
+        done = run_grid(shop, workers=2, executor=client.get_executor(), project=project, progress=False)
+        assert len(client.run(os.getpid)) == 2
+    assert list(done["state"]) == ["done"] * 3, list(done["note"])
+    assert set(read_records("benchmark", project / "paper")["key"]) == set(done["key"])
 
 
 def test_points_travel_to_other_processes(project):

@@ -1,0 +1,112 @@
+"Sweeps: as many trials as were asked for, none twice, none lost; and the winner is the best."
+from dataclasses import replace
+
+import optuna
+import pytest
+from filelock import FileLock
+from optuna.distributions import FloatDistribution
+
+from flare import cli, grid, sweeps
+from flare.grid import Grid, read_yaml
+from flare.sweeps import Study, open_study, run_study
+from shop import HOME, write_project
+from test_experiments import here
+
+
+@pytest.fixture
+def project(tmp_path):
+    return write_project(tmp_path / "project")
+
+
+@pytest.fixture
+def study(project):
+    return Study("small/lir", "benchmark", {"model": "lir", "dataset": str(project / "shop")}, {"b": FloatDistribution(0, 1)}, 4)
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    "Runs nothing: the value of a trial is 1 - |b - 0.3|; returns what was run."
+    ran = []
+    monkeypatch.setattr(grid, "execute", lambda point, project, threads, gpu: ran.append(point.values["b"]) or (0.0, ""))
+    monkeypatch.setattr(sweeps, "value_of", lambda point, project: 1 - abs(point.values["b"] - 0.3))
+    return ran
+
+
+def test_the_winner_is_the_best_of_the_trials(study, project, quick):
+    tried = run_study(study, project, executor=here([]), progress=False)
+    assert tried["b"].tolist() == quick and tried["state"].tolist() == ["complete"] * 4
+    winner = read_yaml((project / grid.WINNERS).read_text(), "")["small/lir"]
+    best = min(range(4), key=lambda n: abs(quick[n] - 0.3))
+    assert (winner["trial"], winner["trials"], winner["values"]["b"], winner["values"]["model"]) == (best, 4, quick[best], "lir")
+    assert not run_study(study, project, executor=here([]), progress=False).empty and len(quick) == 4  # nothing is left
+    run_study(replace(study, trials=6), project, executor=here([]), progress=False)
+    assert len(quick) == len(set(quick)) == 6
+
+
+def test_what_was_running_is_run_again(study, project, quick, monkeypatch):
+    def stopped(point, project, threads, gpu):
+        quick.append(point.values["b"])
+        if len(quick) == 2: raise KeyboardInterrupt
+        return 0.0, ""
+    monkeypatch.setattr(grid, "execute", stopped)
+    with pytest.raises(KeyboardInterrupt): run_study(study, project, executor=here([]), progress=False)
+    assert [trial.state.name for trial in open_study(study, project).trials] == ["COMPLETE", "RUNNING"]
+    tried = run_study(study, project, executor=here([]), progress=False)
+    assert tried["state"].tolist() == ["complete"] * 4 and quick[2] == quick[1] and len(quick) == 5
+
+
+def test_a_trial_that_fails_counts_and_never_wins(study, project, quick, monkeypatch):
+    monkeypatch.setattr(grid, "execute", lambda point, *_: quick.append(point.values["b"]) or (0.0, "it broke" if len(quick) < 4 else ""))
+    tried = run_study(study, project, executor=here([]), progress=False)
+    assert tried["state"].tolist() == ["fail"] * 3 + ["complete"]
+    assert read_yaml((project / grid.WINNERS).read_text(), "")["small/lir"]["trial"] == 3
+
+
+def test_two_at_once_are_refused(study, project, quick):
+    (project / "paper/runs").mkdir(parents=True)
+    with FileLock(project / "paper/runs/small-lir.lock"), pytest.raises(ValueError, match="another process is running small/lir"):
+        run_study(study, project, progress=False)
+
+
+def test_winners_of_all_studies_stand_together_and_a_grid_takes_them(study, project, quick):
+    for name in ("small/lir", "other/lir"): run_study(replace(study, name=name), project, executor=here([]), progress=False)
+    assert set(read_yaml((project / grid.WINNERS).read_text(), "")) == {"small/lir", "other/lir"}
+    file = project / "nbs/experiments/best.yml"
+    file.write_text("notebook: benchmark\nbase: {experiment: best, b: 7.0}\ngrid:\n  - like: small/lir\n    k1: [1.0, 2.0]\n")
+    points = Grid.read(file).expand()
+    assert [(point["k1"], point["model"], point["experiment"]) for point in points] == [(1.0, "lir", "best"), (2.0, "lir", "best")]
+    assert abs(points[0]["b"] - 0.3) == min(abs(b - 0.3) for b in quick[:4])
+    file.write_text("notebook: benchmark\ngrid:\n  - like: big/lir\n")
+    with pytest.raises(ValueError, match="no sweep has found big/lir; found are other/lir, small/lir"): Grid.read(file)
+
+
+def test_a_list_that_won_is_one_value(study, project, quick):
+    run_study(replace(study, fixed=study.fixed | {"model": "flare_listens", "listener_forms": ["leaf", "brand"]}, space={"dropout": FloatDistribution(0, 0.5)}), project, executor=here([]), progress=False)
+    file = project / "nbs/experiments/best.yml"
+    file.write_text("notebook: benchmark\ngrid:\n  - like: small/lir\n")
+    assert [point["listener_forms"] for point in Grid.read(file).expand()] == [["leaf", "brand"]]
+
+
+@pytest.mark.parametrize("file", sorted((HOME / "nbs/experiments/sweeps").glob("*.yml")), ids=lambda p: p.name)
+def test_every_sweep_can_be_run_with_every_value(file, monkeypatch, project):
+    class Stand:
+        def __init__(self, name): self.name, self.fingerprint = name, "0" * 12
+    monkeypatch.setattr(grid, "load_dataset", Stand)
+    studies = Study.read(file)
+    assert len({study.trials for study in studies}) == 1
+    for study in studies:
+        trial = optuna.create_study().ask(study.space)
+        point = sweeps.point_of(study, trial.params, HOME)
+        assert {name: point.values[name] for name in trial.params} == trial.params
+
+
+def test_from_the_command_line(study, project, quick, monkeypatch, capsys):
+    monkeypatch.chdir(project)
+    (project / "nbs/experiments/sweeps").mkdir()
+    (project / "nbs/experiments/sweeps/small.yml").write_text(
+        f"notebook: benchmark\ntrials: 2\nbase: {{dataset: {project / 'shop'}}}\nstudies:\n  lir: {{fixed: {{model: lir}}, space: {{b: {{low: 0.0, high: 1.0}}}}}}\n")
+    assert cli.main(["sweep", "small.yml", "--dry-run"]) == 0 and not quick
+    assert cli.main(["sweep", "small.yml"]) == 0 and len(quick) == 2
+    assert "small/lir: 2 of 2 trials complete" in capsys.readouterr().out
+    assert cli.main(["sweep", "small.yml", "--study", "bm25"]) == 2
+    assert "the sweep has no study bm25; it has lir" in capsys.readouterr().err
