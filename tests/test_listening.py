@@ -10,7 +10,7 @@ import torch
 
 from flare import experiments
 from flare.critiquing import DEPTH, FORMS, each_once, form_of, silenced
-from flare.experiments import read_traces, run
+from flare.experiments import read_beside, run
 from flare.hearing import RULES, STRENGTHS, WEAR, WORDING, HearingTest, Remembering, hearing_voice, listening_voice, singular, synonymous, traces, wear
 from flare.listening import ListenConfig, Listening, hear, read_strings, sayings, teach, together
 from flare.masking import evaluation_batches
@@ -300,7 +300,9 @@ def test_a_model_that_is_told_things_has_a_record(folder, tmp_path, model):
     small = dict(hidden_size=16, heads=2, ffn_size=32, layers=1, perceiver_size=32, perceiver_heads=2, perceiver_layers=1, epochs=1, evaluate_every=1,
                  encoder=str(write_encoder(tmp_path / "encoder", words=WORDS)), listener_steps=5, listener_sayings=20, listener_width=16)
     record = run("told", model, str(folder), parameters=small, root=tmp_path / "paper", progress=False)
-    assert read_traces("told", tmp_path / "paper")[["model", "dataset", "seed"]].drop_duplicates().values.tolist() == [[model, "shop", 0]]
+    assert read_beside("told", "traces", tmp_path / "paper")[["model", "dataset", "seed"]].drop_duplicates().values.tolist() == [[model, "shop", 0]]
+    history = read_beside("told", "history", tmp_path / "paper")
+    assert history["epoch"].tolist() == [1] and history["ndcg@10_pessimistic"].notna().all() and (history["loss"] > 0).all()
     path = record.path(tmp_path / "paper")
     assert read_record(path) == record and staleness(record) == "" and path.with_suffix(".heard.parquet").exists()
     assert record.metrics["precise|listens 1"]["users"] == 30 and record.metrics["precise|chosen on validation"]["strength"] > 0
