@@ -57,6 +57,10 @@ def test_what_cannot_fit_is_refused_with_a_remedy_and_what_fits_is_not():
 def test_texts_and_steps_are_in_the_plan():
     config, reading = (FlareConfig(n_items=5_000, hidden_size=64, heads=2, **more) for more in ({}, {"modalities": ("text",)}))
     plain, wide = (plan_memory(config, TrainConfig(batch_size=size)) for size in (64, 640))
+    heard = plan_memory(reading, TrainConfig(batch_size=64), strings=20_000, compared=512)
+    size = FlareModel(reading).reader.size
+    assert heard.parts["learning to listen"] == 4 * (size * (40_000 + 20_000) + 512 * 25_000) > heard.parts["a step"]
+    assert heard.total - heard.parts["learning to listen"] == (silent := plan_memory(reading, TrainConfig(batch_size=64))).total - max(silent.parts[part] for part in ("a step", "an evaluation"))
     weights = 4 * sum(p.numel() for p in FlareModel(config).parameters())
     assert {name: plain.parts[name] for name in ("weights", "gradients", "moments", "best weights")} == {
         "weights": weights, "gradients": weights, "moments": 2 * weights, "best weights": weights}
