@@ -114,6 +114,8 @@ def test_the_catalogues_own_words_are_known(shop, listener):
     for row, fits in zip(likely, times > 0):
         assert (row[fits] == 0).all() and fits.any()  # all alike
         assert (row[~fits] <= np.log(1e-4)).all() and row[~fits].unique().numel() > 3  # the others by what they are like
+    contrary = listener.likelihood(-wishes.vectors, wishes.known, slice(0, ITEMS))  # all others are nearer to this than those that fit
+    assert all((row[~fits] <= np.log(1e-4)).all() for row, fits in zip(contrary, times > 0))
     path = "office - room0"  # two forms of a path that ends there, one of a longer one
     catalogue = Catalogue(dataset.catalogue.table.assign(category=[("office", "room0"), *dataset.catalogue.table["category"][1:]]))
     codes, strings = each_once(string for form in ("precise", "broad") for string in form_of(form)(catalogue, 0))
