@@ -20,6 +20,7 @@ import tokenize
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, fields
 from datetime import datetime, timezone
+from functools import cache
 from hashlib import sha256
 from importlib.metadata import version
 from pathlib import Path
@@ -145,6 +146,7 @@ def parsed(
     with PARSING: return ast.parse(source)
 
 
+@cache
 def essence(
     source: str,  # of a Python module
 ) -> str:  # the same without comments, docstrings and blank lines
@@ -164,12 +166,14 @@ def essence(
     return "\n".join(line.rstrip() for line in lines if line.strip())
 
 # %% ../nbs/17_records.ipynb #7529f109
+@cache
 def imported(
     module: str,  # full name of one of our modules
+    source: str,  # of it
 ) -> list[str]:  # full names of those of ours that its source imports
     "The imports of a module from its own package, found in its source."
     package, names = module.rpartition(".")[0], []
-    for node in ast.walk(parsed(source_of(module))):
+    for node in ast.walk(parsed(source)):
         if isinstance(node, ast.ImportFrom):
             names.append(importlib.util.resolve_name("." * node.level + (node.module or ""), package))
         elif isinstance(node, ast.Import):
@@ -194,8 +198,9 @@ def code_digest(
     while waiting:
         module = waiting.pop()
         if module not in digests:
-            digests[module] = sha256(essence(source_of(module)).encode()).hexdigest()[:12]
-            waiting += imported(module)
+            source = source_of(module)
+            digests[module] = sha256(essence(source).encode()).hexdigest()[:12]
+            waiting += imported(module, source)
     return dict(sorted(digests.items()))
 
 # %% ../nbs/17_records.ipynb #621a4460
