@@ -16,7 +16,7 @@ import pandas as pd
 from .experiments import best_settings, over_seeds, read_records, renew
 from .grid import Grid, read_yaml, run_grid
 from .records import TRAINING_FREE, project_folder
-from .sweeps import Study, run_study
+from .sweeps import Study, read_trials, run_study
 
 # %% ../nbs/22_cli.ipynb #44ef1bfb
 def assignments(
@@ -100,8 +100,8 @@ def sweep_command(arguments: argparse.Namespace) -> int:  # exit code: 1 where e
     if arguments.study not in (None, *studies): raise ValueError(f"the sweep has no study {arguments.study}; it has {', '.join(studies)}")
     lost = 0
     for name in [arguments.study] if arguments.study else studies:
-        trials = run_study(studies[name], workers=arguments.workers, dry_run=arguments.dry_run)
-        complete = trials[trials["state"] == "complete"] if len(trials) else trials
+        trials = read_trials(studies[name]) if arguments.dry_run else run_study(studies[name], workers=arguments.workers)
+        complete = trials[trials["state"] == "complete"]
         print(f"{studies[name].name}: {len(complete)} of {studies[name].trials} trials complete")
         if len(complete): print(complete.sort_values("value", ascending=False).head(5).to_string(index=False))
         lost += not len(complete) and not arguments.dry_run

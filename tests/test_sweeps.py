@@ -8,7 +8,7 @@ from optuna.distributions import FloatDistribution
 
 from flare import cli, grid, sweeps
 from flare.grid import Grid, read_yaml
-from flare.sweeps import Study, open_study, run_study
+from flare.sweeps import Study, open_study, read_trials, run_study
 from shop import HOME, write_project
 from test_experiments import here
 
@@ -33,7 +33,11 @@ def quick(monkeypatch):
 
 
 def test_the_winner_is_the_best_of_the_trials(study, project, quick):
+    journal = project / "paper/sweeps/small/lir.jsonl"
+    assert read_trials(study, project).empty and not journal.exists()  # looking leaves nothing behind
     tried = run_study(study, project, executor=here([]), progress=False)
+    before = journal.read_text()
+    assert read_trials(study, project).equals(tried) and journal.read_text() == before
     assert tried["b"].tolist() == quick and tried["state"].tolist() == ["complete"] * 4
     winner = read_yaml((project / grid.WINNERS).read_text(), "")["small/lir"]
     best = min(range(4), key=lambda n: abs(quick[n] - 0.3))
