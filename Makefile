@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 TINY := hidden_size=16 heads=2 ffn_size=32 layers=1 perceiver_size=16 perceiver_heads=2 perceiver_layers=1 latents=1 max_len=10 \
 	epochs=1 evaluate_every=1 listener_steps=5 listener_sayings=200 listener_width=16
 
-.PHONY: setup quickstart test smoke paper readme peers clean
+.PHONY: setup quickstart test smoke pages paper readme peers clean
 
 quickstart: setup  ## train on DATASET and print its table (others need FLARE_DATA, e.g. DATASET=recformer/Scientific)
 	$(BIN)/flare grid benchmark.yml --only dataset=$(DATASET) seed=0 --set experiment=quickstart
@@ -21,11 +21,13 @@ smoke: setup  ## every grid with tiny models on MovieLens, every other experimen
 		OMP_NUM_THREADS=1 $(BIN)/flare grid $$grid --only seed=0 --workers 2 --set experiment=smoke dataset=ml-100k $(TINY) || exit 1; done
 	$(BIN)/papermill --no-progress-bar nbs/experiments/datasets.ipynb paper/runs/smoke/datasets.ipynb -p names ml-100k
 	$(BIN)/papermill --no-progress-bar nbs/experiments/speed.ipynb paper/runs/smoke/speed.ipynb -p parts ""
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 tests/test_notebooks.py -k results
+	$(MAKE) pages
 	rm -rf paper/records/smoke paper/runs/smoke
 
-paper: setup  ## the pages of results, and of them paper/main.pdf, or paper/main.html where there is no latexmk
-	$(BIN)/jupyter nbconvert --to notebook --execute --log-level ERROR --output-dir paper/runs/pages nbs/results/*.ipynb
+pages: setup  ## tables and figures, from the records
+	ls nbs/results/*.ipynb | OMP_NUM_THREADS=1 xargs -P 2 -n 1 $(BIN)/jupyter nbconvert --to notebook --execute --log-level ERROR --output-dir paper/runs/pages
+
+paper: pages  ## paper/main.pdf, or paper/main.html where there is no latexmk
 	if command -v latexmk > /dev/null; then cd paper && SOURCE_DATE_EPOCH=0 latexmk -pdf -interaction=nonstopmode -halt-on-error main.tex; \
 	else $(BIN)/pip install -q --disable-pip-version-check pypandoc-binary==1.17 && \
 		pandoc=$$($(BIN)/python -c 'import pypandoc; print(pypandoc.get_pandoc_path())') && cd paper && \
