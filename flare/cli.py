@@ -103,7 +103,8 @@ def sweep_command(arguments: argparse.Namespace) -> int:  # exit code: 1 where e
         trials = read_trials(studies[name]) if arguments.dry_run else run_study(studies[name], workers=arguments.workers)
         complete = trials[trials["state"] == "complete"]
         print(f"{studies[name].name}: {len(complete)} of {studies[name].trials} trials complete")
-        if len(complete): print(complete.sort_values("value", ascending=False).head(5).to_string(index=False))
+        if len(complete): print(complete.sort_values("value", ascending=False).drop(columns="error").head(5).to_string(index=False))
+        for trial in trials[trials["state"] == "fail"].itertuples(): print(f"failed: {studies[name].name} trial {trial.trial}: {trial.error}", file=sys.stderr)
         lost += not len(complete) and not arguments.dry_run
     return int(lost > 0)
 

@@ -109,8 +109,8 @@ def winner(
 ) -> dict:  # name → value, as in a block
     "What a sweep has found to be best. Raises ValueError where it has found nothing."
     path = project_folder(file.absolute().parent) / WINNERS
-    winners = read_yaml(path.read_text(encoding="utf8"), str(path)) if path.exists() else {}
-    if name not in winners:
+    winners = read_yaml(path.read_text(encoding="utf8"), str(path)) or {} if path.exists() else {}
+    if not isinstance(name, str) or name not in winners:
         raise ValueError(f"{file}: no sweep has found {name}; found are {', '.join(winners) or 'none'}: run flare sweep, or give the values")
     return {key: [value] if isinstance(value, list) else value for key, value in winners[name]["values"].items()}
 
@@ -276,7 +276,7 @@ def run_points(
     progress: bool,  # show a bar, and on a screen what runs in each place
 ) -> Iterator[tuple[int, float, str]]:  # number, seconds, and the error in one line, "" where all went well
     "Run points, and give back each when it has ended."
-    threads, gpus = max(1, torch.get_num_threads() // workers), visible_gpus()
+    threads, gpus = max(1, torch.get_num_threads() // workers), [] if executor else visible_gpus()  # an executor's workers may be elsewhere
     pool, screen = executor or ThreadPoolExecutor(workers), progress and sys.stderr.isatty()
     running, free = {}, list(range(workers))[::-1]
     with ExitStack() as open_bars:
