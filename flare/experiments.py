@@ -65,8 +65,8 @@ def build(
     config, training, reading, told = configs(model, complete, split.n_items, seed)
     text = reading and token_states(item_texts(dataset.catalogue, reading.template), reading, progress=progress)
     if text: config.text_width = text.width
-    heard = isinstance(told, ListenConfig) and dict(strings=len(told.listener_forms) * split.n_items + told.listener_sayings, compared=told.listener_width)
-    plan = plan_memory(config, training, text, float(np.mean(split.train.lengths)), "cuda" if torch.cuda.is_available() else "cpu", **(heard or {}))
+    heard = {"strings": len(told.listener_forms) * split.n_items + told.listener_sayings, "compared": told.listener_width} if isinstance(told, ListenConfig) else {}
+    plan = plan_memory(config, training, text, float(np.mean(split.train.lengths)), "cuda" if torch.cuda.is_available() else "cpu", **heard)
     if progress: print(plan)
     plan.check()
     torch.manual_seed(seed)
