@@ -25,7 +25,7 @@ from .critiquing import CritiqueConfig, critiques_of
 from .data import READERS, Dataset, Split, load_dataset
 from .files import write_text
 from .hearing import HearingTest, hearing_voice, listening_voice, traces
-from .listening import ListenConfig, teach
+from .listening import ListenConfig, sayings, teach
 from .memory import plan_memory
 from .metrics import METRICS, Ranks, evaluate
 from .models import FlareModel
@@ -65,7 +65,7 @@ def build(
     config, training, reading, told = configs(model, complete, split.n_items, seed)
     text = reading and token_states(item_texts(dataset.catalogue, reading.template), reading, progress=progress)
     if text: config.text_width = text.width
-    heard = {"strings": len(told.listener_forms) * split.n_items + told.listener_sayings, "compared": told.listener_width} if isinstance(told, ListenConfig) else {}
+    heard = {"strings": len(sayings(dataset.catalogue, told)[0]), "compared": told.listener_width} if isinstance(told, ListenConfig) else {}
     plan = plan_memory(config, training, text, float(np.mean(split.train.lengths)), "cuda" if torch.cuda.is_available() else "cpu", **heard)
     if progress: print(plan)
     plan.check()

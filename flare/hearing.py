@@ -223,10 +223,10 @@ class HearingTest:
         return {"filter, popularity": Filtered(self.popular, allowed), "filter, silent": Filtered(self.silent, allowed)}, asked
 
     def choose(self, form: str):
-        "The best of STRENGTHS for a form of critique, on validation; of equals the one nearest to 1."
-        strings, found = self.of_targets(FORMS[form](self.dataset.catalogue, 0), self.validation), {}
+        "The best of STRENGTHS for a form of critique, on validation; of equals the one nearest to 1, and 1 where nobody there can say it."
+        strings, found = self.of_targets(FORMS[form](self.dataset.catalogue, 0), self.validation), {1.0: 0.0}
         at, asked, said = self.voice(strings)
-        for strength in STRENGTHS:
+        for strength in STRENGTHS if (asked >= 0).any() else ():
             ranks = self.judge("", at(strength), asked, said, asked >= 0, holdout=self.validation)
             found[strength] = float(ranks.gains("ndcg@10", pessimistic=True).mean())
         self.results[f"{form}|chosen on validation"] = {"strength": max(found, key=lambda strength: (found[strength], -abs(np.log(strength))))}
@@ -247,10 +247,11 @@ class HearingTest:
     def exact(self):
         "Table 4 and the curve of strength: asked for what comes next, in the catalogue's words."
         for form, depth in (("precise", DEPTH), ("broad", 2)):
-            wanted = self.codes[self.test.targets].copy()
+            wanted, strings = self.codes[self.test.targets].copy(), self.of_targets(FORMS[form](self.dataset.catalogue, 0))
+            if not any(strings): continue
             wanted[:, depth:] = -1
             self.choose(form)
-            self.ranks |= self.compare(form, self.of_targets(FORMS[form](self.dataset.catalogue, 0)), wanted, depth)
+            self.ranks |= self.compare(form, strings, wanted, depth)
 
     def elsewhere(self, seed: int = 0):
         "Table 5: asked for another category, the same above a level."

@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from flare import experiments
-from flare.critiquing import DEPTH, FORMS, each_once, form_of, silenced
+from flare.critiquing import DEPTH, FORMS, silenced
 from flare.experiments import read_beside, run
 from flare.hearing import RULES, STRENGTHS, WEAR, WORDING, HearingTest, Remembering, hearing_voice, listening_voice, singular, synonymous, traces, wear
-from flare.listening import ListenConfig, Listening, hear, read_strings, sayings, teach, together
+from flare.listening import ListenConfig, Listening, hear, own_words, read_strings, sayings, teach, together
 from flare.masking import evaluation_batches
 from flare.metrics import cat_ndcg, evaluate
 from flare.models import FlareConfig, FlareModel
@@ -104,27 +104,34 @@ def test_listening_is_the_silent_model_and_a_likelihood(shop, listener):
 
 
 def test_the_catalogues_own_words_are_known(shop, listener):
-    dataset, model, encoder = shop
-    asked, wishes = hear(model, listener, ["office - room1 - printers", "acme", "printers", "office"], encoder)
-    assert (wishes.known >= 0).tolist() == [True, True, True, False]  # one level is no form of critique
+    _, model, encoder = shop
+    said = {"office - room1 - printers": lambda i: i % 4 == 1, "acme": lambda i: i % 5, "printers": lambda i: i % 4 == 1, "office": lambda i: True, "room0": lambda i: i % 2 == 0}
+    _, wishes = hear(model, listener, [*said, "offices"], encoder)
+    assert (wishes.known >= 0).tolist() == [True] * 5 + [False]
+    assert hear(model, listener, ["PRINTERS"], encoder)[1].known[0] == wishes.known[2]
     likely = listener.likelihood(wishes.vectors, wishes.known, slice(0, ITEMS))
-    times = np.array([[sum(form_of(form)(dataset.catalogue, 0)[item] == said for form in FORMS if form not in ("words", "worn")) for item in range(ITEMS)]
-                      for said in ("office - room1 - printers", "acme", "printers")])
-    assert set(times.max(1)) == {1}
-    for row, fits in zip(likely, times > 0):
-        assert (row[fits] == 0).all() and fits.any()  # all alike
-        assert (row[~fits] <= np.log(1e-4)).all() and row[~fits].unique().numel() > 3  # the others by what they are like
+    torch.testing.assert_close(likely[5], wishes.vectors[5] @ listener.items.T)
     contrary = listener.likelihood(-wishes.vectors, wishes.known, slice(0, ITEMS))  # all others are nearer to this than those that fit
-    assert all((row[~fits] <= np.log(1e-4)).all() for row, fits in zip(contrary, times > 0))
-    path = "office - room0"  # two forms of a path that ends there, one of a longer one
-    catalogue = Catalogue(dataset.catalogue.table.assign(category=[("office", "room0"), *dataset.catalogue.table["category"][1:]]))
-    codes, strings = each_once(string for form in ("precise", "broad") for string in form_of(form)(catalogue, 0))
+    for row, other, (words, fit) in zip(likely, contrary, said.items()):
+        fits = np.array([bool(fit(i)) and (words == "acme" or i < ITEMS - 2) for i in range(ITEMS)])
+        assert row[fits].unique().numel() == 1 and row[fits][0] >= 0  # all alike
+        assert all((some[~fits] <= np.log(1e-4)).all() for some in (row, other))
+        assert words == "office" or row[~fits].unique().numel() > 3  # the others by what they are like
+
+
+def test_what_an_item_is_called_in_several_ways_is_said_of_it_more_often(shop, listener):
+    catalogue = Catalogue(shop[0].catalogue.table.assign(category=[("office", "room0"), *shop[0].catalogue.table["category"][1:]]))
+    words, codes = own_words(catalogue)
+    assert len(set(words)) == len(words) and codes.shape[1] == ITEMS
     taught = copy.deepcopy(listener)
-    taught.remember(strings, codes.reshape(2, -1))
-    row = taught.likelihood(torch.zeros(1, taught.items.shape[1]), torch.tensor([taught.known[path]]), slice(0, ITEMS))[0]
-    assert row[0] == pytest.approx(np.log(2)) and set(row[[i for i in range(2, ITEMS - 2, 2)]].tolist()) == {0.0}
-    typical = taught.items[[i for i in range(ITEMS) if row[i] >= 0] + [0]].mean(0)
-    torch.testing.assert_close(taught.fitting[taught.known[path]], typical)
+    taught.remember(words, codes)
+    below = [i for i in range(2, ITEMS - 2, 2)]
+    for said, here, there in (("office - room0", 4, 1), ("room0", 2, 1), ("office", 1, 1)):  # down to levels 2, 3 and 4, and its last two; the second level and the last
+        row = taught.likelihood(torch.zeros(1, taught.items.shape[1]), torch.tensor([taught.known[said]]), slice(0, ITEMS))[0].exp()
+        assert row[0] == pytest.approx(here) and row[below].tolist() == pytest.approx([there] * len(below))
+    typical = taught.items[below + [0] * 4].mean(0)
+    torch.testing.assert_close(taught.typical[taught.known["office - room0"]], typical)
+    assert {"own", "typical", "items"} <= set(dict(taught.named_buffers()))  # they move with it
 
 
 def test_a_model_thinks_once_of_the_same_histories(shop, listener):
@@ -188,6 +195,7 @@ def test_what_cannot_be_is_refused(shop, listener):
     with pytest.raises(ValueError, match="no form of critique louder"): ListenConfig(listener_forms=("louder",))
     with pytest.raises(ValueError, match="listener_steps is 0"): ListenConfig(listener_steps=0)
     with pytest.raises(ValueError, match="listener_slips is 0"): ListenConfig(listener_slips=0)
+    with pytest.raises(ValueError, match="listener_rate is nan"): ListenConfig(listener_rate=float("nan"))
     bare = Catalogue(pd.DataFrame({"item": ["a"], "title": [""], "category": [()]}))
     with pytest.raises(ValueError, match="nothing can be said about these items"): sayings(bare, ListenConfig())
 
@@ -240,6 +248,19 @@ def test_the_hearing_test_counts_as_by_hand(shop, listener):
     kept = pd.read_parquet(BytesIO(found.to_parquet()))
     assert kept["user"].tolist() == found.test.users.tolist() and (kept.loc[~who, "precise|silent"] == 0).all()
     assert kept.loc[who, "precise|silent"].tolist() == ranks.pessimistic.tolist()
+
+
+def test_nobody_needs_to_want_what_has_a_category(shop, listener):
+    dataset, model, encoder = shop
+    def tested(*lists):
+        "Asked exactly, by users with these histories."
+        small = replace(dataset, sequences=Sequences.from_lists(list(lists)), users=np.arange(len(lists)).astype(str))
+        test = HearingTest(model, listening_voice(model, listener, encoder), small, leave_one_out(small))
+        test.exact()
+        return test.results
+    results = tested([0, 1, 2, 3, ITEMS - 1, 4], [1, 2, 3, 4, ITEMS - 2, 5])  # not on validation
+    assert results["precise|chosen on validation"]["strength"] == 1 and results["precise|listens 1"]["users"] == 2
+    assert tested([0, 1, 2, 3, 4, ITEMS - 1]) == {}  # nowhere
 
 
 def test_lists_to_be_read_are_those_of_the_model(shop, listener):
