@@ -15,7 +15,7 @@ import pandas as pd
 
 from .experiments import best_settings, over_seeds, read_records, renew
 from .grid import Grid, read_yaml, run_grid
-from .records import TRAINING_FREE, project_folder
+from .records import SPLITS, TRAINING_FREE, project_folder
 from .sweeps import Study, read_trials, run_study
 
 # %% ../nbs/22_cli.ipynb #44ef1bfb
@@ -162,7 +162,7 @@ def make_parser() -> Parser:
     table.add_argument("dataset", metavar="DATASET", help="as in the records, such as ml-100k")
     table.add_argument("--experiment", default="benchmark", metavar="NAME", help="whose records (default: benchmark)")
     table.add_argument("--split", default="leave_one_out", metavar="SPLIT",
-                       help="leave_one_out (default) or unseen_users")
+                       help=f"one of {', '.join(SPLITS)}; leave_one_out unless told otherwise")
     table.set_defaults(action=table_command)
     again = commands.add_parser("renew", help="run a record again with changed code; if it is the same, its kind hold again")
     again.add_argument("experiment", metavar="EXPERIMENT", help="a folder of paper/records")

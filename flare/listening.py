@@ -37,12 +37,14 @@ class ListenConfig:
     listener_rate: float = 1e-3  # learning rate at its highest; it rises in the first 50 steps and falls to zero like a cosine
     listener_weight_decay: float = 0.01
     listener_slips: float = 1e-4  # how often the catalogue's own words are said of an item that they do not fit
+    listener_above: float = 0.1  # how often an item is called by the name of something above it, for once by one of its own
 
     def __post_init__(self):
         for name in ("listener_sayings", "listener_width", "listener_steps", "listener_critiques", "listener_items"):
             if getattr(self, name) < 1: raise ValueError(f"ListenConfig.{name} is {getattr(self, name)}; it must be at least 1")
         if not self.listener_rate > 0: raise ValueError(f"ListenConfig.listener_rate is {self.listener_rate}; it must be above 0")
-        if not 0 < self.listener_slips < 1: raise ValueError(f"ListenConfig.listener_slips is {self.listener_slips}; it must be between 0 and 1")
+        for name in ("listener_slips", "listener_above"):
+            if not 0 < getattr(self, name) < 1: raise ValueError(f"ListenConfig.{name} is {getattr(self, name)}; it must be between 0 and 1")
         if not self.listener_forms: raise ValueError(f"ListenConfig.listener_forms is empty; choose among {', '.join(FORMS)}")
         for form in self.listener_forms: form_of(form)
 
@@ -77,7 +79,7 @@ class Listener(nn.Module):
         self.of_critiques, self.of_items = Tower(size, config.listener_width), Tower(2 * size, config.listener_width)
         with torch.no_grad(): self.of_items.straight.weight.copy_(nn.init.orthogonal_(self.of_critiques.straight.weight).repeat(1, 2))
         self.scale = nn.Parameter(torch.tensor(2.5))  # the logarithm of what a perfect fit counts
-        self.slips = config.listener_slips
+        self.slips, self.above = config.listener_slips, config.listener_above
         self.register_buffer("items", torch.zeros(0, config.listener_width))  # of the catalogue, (V, width), once it is taught
         self.register_buffer("own", torch.zeros(0, 0, dtype=torch.int32))  # (ways, V) numbers in `known`, see `remember`
         self.register_buffer("typical", torch.zeros(0, config.listener_width))  # of the items that each of the known words fits
@@ -92,10 +94,11 @@ class Listener(nn.Module):
     def remember(self,
         strings: list[str],  # (Q,) distinct
         codes: np.ndarray,  # (ways, V) which string the catalogue itself has for each item, -1 for none
+        above: np.ndarray,  # (ways,) bool: may be the name of something above
     ):
         "Keep what the catalogue calls its items (`own_words`), so that this is known and not guessed."
         self.known = {string: number for number, string in enumerate(strings)}
-        self.own = torch.from_numpy(codes.astype(np.int32)).to(self.items.device)
+        self.own, self.often = torch.from_numpy(codes.astype(np.int32)).to(self.items.device), np.where(above, self.above, 1.0).tolist()
         way, item = (self.own >= 0).nonzero(as_tuple=True)
         self.typical = self.items.new_zeros(len(strings), self.items.shape[1]).index_add_(0, self.own[way, item], self.items[item])
         self.typical /= torch.bincount(self.own[way, item], minlength=len(strings))[:, None]
@@ -109,8 +112,8 @@ class Listener(nn.Module):
         guess = wishes @ self.items[items].T
         if (known < 0).all(): return guess
         words, place = known.unique(return_inverse=True)
-        times = torch.zeros(len(words), guess.shape[1], dtype=torch.uint8, device=guess.device)  # ways in which the words are the item's
-        for way in self.own[:, items]: times += words[:, None] == way
+        times = torch.zeros(len(words), guess.shape[1], device=guess.device)  # how often the words are said of each item
+        for way, often in zip(self.own[:, items], self.often): times += often * (words[:, None] == way)
         usual = (wishes * self.typical[known]).sum(1, keepdim=True)
         wrong = math.log(self.slips) + (guess - usual).clamp(max=0)  # the more alike, the sooner
         return torch.where(known[:, None] < 0, guess, torch.where((times > 0)[place], times.log()[place], wrong))
@@ -156,15 +159,15 @@ def sayings(
 
 def own_words(
     catalogue: Catalogue,
-) -> tuple[list[str], np.ndarray]:  # distinct strings (Q,), and codes (ways, V) of what each item is called, -1 for none
-    "What a catalogue itself calls its items, in lower case: each path down to every level, each level by its name, the ends of the paths, and brands."
+) -> tuple[list[str], np.ndarray, np.ndarray]:  # distinct strings (Q,); codes (ways, V) of what each item is called, -1 for none; and (ways,) bool: those that may name something above it
+    "What a catalogue itself calls its items, in lower case: their paths, the ends of these, and brands; and each path down to every level, and every level by its name."
     categories = Categories.of(catalogue)
-    down = [[BETWEEN.join(path[:depth]) for path in categories.paths] for depth in range(1, DEPTH + 1)]
-    names = [["".join(path[level : level + 1]) for path in categories.paths] for level in range(1, DEPTH)]
+    whole = [[BETWEEN.join(path[:depth]) for path in categories.paths] for depth in (DEPTH, 2)]  # precise and broad
     ends = [[BETWEEN.join(path[-levels:]) for path in categories.paths] for levels in (1, 2)]
-    ways = [*map(categories.spread, [*down, *names, *ends]), FORMS["brand"](catalogue, 0)]
+    above = [[BETWEEN.join(path[first:last]) for path in categories.paths] for first, last in [*((0, depth) for depth in range(1, DEPTH)), *((level, level + 1) for level in range(1, DEPTH))]]
+    ways = [*map(categories.spread, whole + ends), FORMS["brand"](catalogue, 0), *map(categories.spread, above)]
     codes, distinct = each_once(word.casefold() for word in chain.from_iterable(ways))
-    return distinct, codes.reshape(len(ways), -1)
+    return distinct, codes.reshape(len(ways), -1), np.arange(len(ways)) >= len(ways) - len(above)
 
 
 def teach(

@@ -35,7 +35,7 @@ from .baselines.lir import LastItemBM25
 from .baselines.popularity import Popularity
 from .baselines.repeat_last import RepeatLast
 from .critiquing import CritiqueConfig
-from .data import leave_one_out, load_dataset, unseen_users
+from .data import leave_one_out, load_dataset, norepeat, unseen_users
 from .files import write_bytes, write_text
 from .hearing import HearingTest
 from .listening import ListenConfig
@@ -50,7 +50,7 @@ STEERED = {"flare_listens": ListenConfig, "flare_hears": CritiqueConfig}  # Flar
 TAUGHT = {"flare_listens": "flare"}  # what is trained as another model, and taught the rest afterwards
 TRAINED = ("bert4rec", "flare", *STEERED)
 MODELS = (*TRAINED, *TRAINING_FREE)
-SPLITS = {"leave_one_out": leave_one_out, "unseen_users": unseen_users}
+SPLITS = {"leave_one_out": leave_one_out, "norepeat": lambda dataset: leave_one_out(norepeat(dataset)), "unseen_users": unseen_users}
 GIVEN_ELSEWHERE = ("n_items", "modalities", "text_width", "seed")  # by the dataset, the model's name, the encoder and the run
 
 

@@ -114,22 +114,22 @@ def test_the_catalogues_own_words_are_known(shop, listener):
     contrary = listener.likelihood(-wishes.vectors, wishes.known, slice(0, ITEMS))  # all others are nearer to this than those that fit
     for row, other, (words, fit) in zip(likely, contrary, said.items()):
         fits = np.array([bool(fit(i)) and (words == "acme" or i < ITEMS - 2) for i in range(ITEMS)])
-        assert row[fits].unique().numel() == 1 and row[fits][0] >= 0  # all alike
+        assert row[fits].unique().numel() == 1 and row[fits][0] > np.log(0.09)  # all alike
         assert all((some[~fits] <= np.log(1e-4)).all() for some in (row, other))
         assert words == "office" or row[~fits].unique().numel() > 3  # the others by what they are like
 
 
 def test_what_an_item_is_called_in_several_ways_is_said_of_it_more_often(shop, listener):
     catalogue = Catalogue(shop[0].catalogue.table.assign(category=[("office", "room0"), *shop[0].catalogue.table["category"][1:]]))
-    words, codes = own_words(catalogue)
-    assert len(set(words)) == len(words) and codes.shape[1] == ITEMS
+    words, codes, above = own_words(catalogue)
+    assert len(set(words)) == len(words) and codes.shape == (len(above), ITEMS)
     taught = copy.deepcopy(listener)
-    taught.remember(words, codes)
-    below = [i for i in range(2, ITEMS - 2, 2)]
-    for said, here, there in (("office - room0", 4, 1), ("room0", 2, 1), ("office", 1, 1)):  # down to levels 2, 3 and 4, and its last two; the second level and the last
+    taught.remember(words, codes, above)
+    below = [*range(2, ITEMS - 2, 2)]
+    for said, here, there in (("office - room0", 3.2, 1.1), ("room0", 1.1, 0.1), ("office", 0.1, 0.1)):  # the precise path, the broad one, its last two levels, and down to levels 2 and 3; ...
         row = taught.likelihood(torch.zeros(1, taught.items.shape[1]), torch.tensor([taught.known[said]]), slice(0, ITEMS))[0].exp()
         assert row[0] == pytest.approx(here) and row[below].tolist() == pytest.approx([there] * len(below))
-    typical = taught.items[below + [0] * 4].mean(0)
+    typical = taught.items[below * 2 + [0] * 5].mean(0)
     torch.testing.assert_close(taught.typical[taught.known["office - room0"]], typical)
     assert {"own", "typical", "items"} <= set(dict(taught.named_buffers()))  # they move with it
 
@@ -195,6 +195,7 @@ def test_what_cannot_be_is_refused(shop, listener):
     with pytest.raises(ValueError, match="no form of critique louder"): ListenConfig(listener_forms=("louder",))
     with pytest.raises(ValueError, match="listener_steps is 0"): ListenConfig(listener_steps=0)
     with pytest.raises(ValueError, match="listener_slips is 0"): ListenConfig(listener_slips=0)
+    with pytest.raises(ValueError, match="listener_above is 1"): ListenConfig(listener_above=1.0)
     with pytest.raises(ValueError, match="listener_rate is nan"): ListenConfig(listener_rate=float("nan"))
     bare = Catalogue(pd.DataFrame({"item": ["a"], "title": [""], "category": [()]}))
     with pytest.raises(ValueError, match="nothing can be said about these items"): sayings(bare, ListenConfig())
