@@ -1,0 +1,184 @@
+"What is tried beyond the paper does what it says, and nothing while it is off."
+import copy
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+import torch.nn.functional as F
+
+from flare.experiments import run
+from flare.masking import TrainingBatches, evaluation_batches
+from flare.metrics import evaluating
+from flare.models import FlareConfig, FlareModel
+from flare.pushing import OF_ITEMS, PushConfig, PushedFlare, carry_over, guess_words, hide_tokens, trained_before, tuned
+from flare.records import code_digest, read_record, staleness
+from flare.sequences import Catalogue, Dataset, Sequences, leave_one_out
+from flare.text import Encoder, TextConfig, encoder_folder, item_texts, token_states
+from flare.trainer import TrainConfig, train
+from tiny_encoder import write_encoder
+
+ITEMS, WORDS = 40, ["red", "blue", "round", "square", "thing", "box"]
+
+
+@pytest.fixture(scope="module")
+def shop(tmp_path_factory):
+    "A dataset, who reads its texts, and these."
+    reading = TextConfig(encoder=str(write_encoder(tmp_path_factory.mktemp("encoder") / "tiny", words=WORDS)))
+    titles = [f"{'red' if i % 2 else 'blue'} {'round' if i % 3 else 'square'} {'thing' if i % 5 else 'box'}" for i in range(ITEMS - 1)] + [""]
+    catalogue = Catalogue(pd.DataFrame({"item": map(str, range(ITEMS)), "title": titles, "category": [()] * ITEMS}))
+    rng = np.random.default_rng(0)
+    dataset = Dataset("made", catalogue, Sequences.from_lists([rng.permutation(ITEMS)[:7] for _ in range(60)]), np.arange(60).astype(str), {})
+    return dataset, reading, token_states(item_texts(catalogue), reading, folder=tmp_path_factory.mktemp("store"), progress=False)
+
+
+def config(shop, **more):
+    "Of a small Flare."
+    return FlareConfig(**dict(n_items=ITEMS, max_len=10, hidden_size=16, heads=2, ffn_size=32, layers=1, text_width=shop[2].width, modalities=("text",), latents=2,
+                              perceiver_size=32, perceiver_heads=2, perceiver_layers=1, alpha=0.2) | more)
+
+
+def made(shop, pushed=PushConfig(), **more):
+    "An untrained model, the same every time."
+    torch.manual_seed(0)
+    return PushedFlare(config(shop, **more), pushed)
+
+
+SCHEDULE = TrainConfig(epochs=2, max_len=10, batch_size=16, learning_rate=3e-3, precision="fp32")
+
+
+def test_switched_off_it_is_flare(shop):
+    torch.manual_seed(0)
+    plain, off = FlareModel(config(shop)), made(shop)
+    for model in (plain, off): train(model, leave_one_out(shop[0]), SCHEDULE, progress=False, text=shop[2])
+    assert all(value.equal(off.state_dict()[name]) for name, value in plain.state_dict().items())
+
+
+def test_the_average_is_judged_and_the_weights_are_trained(shop):
+    model, steps = made(shop, PushConfig(average=0.5)), []
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+    batches = TrainingBatches(leave_one_out(shop[0]).train, ITEMS, 16, 10, text=shop[2])
+    expected = None
+    for step, batch in enumerate(batches.epoch(0)):
+        now, decay = {name: weight.detach().clone() for name, weight in model.named_parameters()}, min(0.5, step / (10 + step))
+        expected = {name: weight if expected is None else decay * expected[name] + (1 - decay) * weight for name, weight in now.items()}
+        sum(total / count for total, count in model.loss(batch).values()).backward()
+        optimizer.step(), optimizer.zero_grad()
+        steps.append(now)
+    assert len(steps) > 2 and model.averaged == len(steps)
+    torch.testing.assert_close({name: getattr(model, model.average_of(name)) for name in expected}, expected)
+    judged = FlareModel(config(shop)).eval()
+    judged.load_state_dict({name: expected.get(name, value) for name, value in model.state_dict().items() if name in judged.state_dict()})
+    (batch,) = evaluation_batches(Sequences.from_lists([[1, 2, 3]]), np.array([4]), ITEMS, 10)
+    before = copy.deepcopy(model.state_dict())
+    with evaluating(model):
+        model.refresh(shop[2].chunks()), judged.refresh(shop[2].chunks())
+        torch.testing.assert_close(model.scorer(batch)(slice(3, 20)), judged.scorer(batch)(slice(3, 20)))
+        with pytest.raises(TypeError): model.refresh(None)  # whatever happens, the weights come back
+    torch.testing.assert_close({name: value for name, value in model.state_dict().items() if "context" not in name}, {name: value for name, value in before.items() if "context" not in name})
+    assert not torch.allclose(model.item_embedding.weight, expected["item_embedding.weight"])
+
+
+def test_an_averaged_run_that_was_killed_ends_the_same(shop, tmp_path):
+    class Killed(Exception): pass
+    def trained(folder, epochs=None):
+        model, how = made(shop, PushConfig(average=0.9)), SCHEDULE
+        if epochs:
+            original = model.keep_average
+            def keep_average():
+                if model.averaged >= epochs: raise Killed
+                original()
+            model.keep_average = keep_average
+        result = train(model, leave_one_out(shop[0]), how, folder, progress=False, text=shop[2])
+        return model, result
+    straight, result = trained(tmp_path / "one")
+    with pytest.raises(Killed): trained(tmp_path / "two", result.steps // 2 + 1)
+    resumed, again = trained(tmp_path / "two")
+    assert all(value.equal(resumed.state_dict()[name]) for name, value in straight.state_dict().items()) and again.validation.equal(result.validation)
+
+
+def test_the_contrast_with_the_catalogue_is_that_of_its_formula(shop):
+    model = made(shop, PushConfig(negatives="catalogue"))
+    assert model.config.alpha == 0 and model.alpha == 0.2
+    with torch.no_grad(): model.refresh(shop[2].chunks())
+    batch = next(TrainingBatches(leave_one_out(shop[0]).train, ITEMS, 16, 10, text=shop[2]).epoch(0))
+    losses = model.loss(batch)
+    items, fresh = model.of_items(batch, model.contexts(batch)[1])
+    keep = items < ITEMS - 1  # the last one has no text
+    ids, texts = (F.normalize(x, dim=-1) for x in (model.item_embedding.weight, model.project(model.context_table.rows)))
+    near = F.normalize(model.project(fresh[keep]), dim=-1)
+    expected = (F.cross_entropy(ids[items[keep]] @ texts.T / 0.1, items[keep], reduction="sum") + F.cross_entropy(near @ ids.T / 0.1, items[keep], reduction="sum")) / 2
+    total, count = losses["contrastive"]
+    assert count == keep.sum() < len(items)
+    torch.testing.assert_close(total, 0.2 * expected, rtol=2e-2, atol=0)
+    total.backward()
+    assert all(weight.grad.abs().sum() > 0 for weight in (model.item_embedding.weight, model.project.weight, next(model.reader.parameters())))
+
+
+def test_hidden_words_are_guessed_better_and_the_encoder_is_kept(shop, tmp_path, monkeypatch):
+    monkeypatch.setenv("FLARE_CACHE", str(tmp_path))
+    dataset, reading, _ = shop
+    texts, pushed = item_texts(dataset.catalogue), PushConfig(tuning_epochs=150, tuning_rate=1e-2)
+    from transformers import AutoModelForMaskedLM
+    encoder = Encoder(reading)
+    torch.manual_seed(0)
+    model = AutoModelForMaskedLM.from_pretrained(encoder_folder(reading.encoder))
+    losses = guess_words(model, encoder, sorted(set(texts) - {""}), pushed, 0, 4, False)
+    assert np.mean(losses[-20:]) < 0.6 * np.mean(losses[:5])
+    state = torch.random.get_rng_state()
+    found = tuned(texts, reading, pushed)
+    assert torch.equal(torch.random.get_rng_state(), state)
+    assert found.encoder != reading.encoder and Encoder(found).fingerprint != encoder.fingerprint
+    monkeypatch.setattr("flare.pushing.guess_words", None)  # it is there already
+    assert tuned(texts, reading, pushed) == found
+    with pytest.raises(TypeError): tuned(texts, reading, pushed, seed=1)
+    assert not list((tmp_path / "encoders").glob("*.part"))
+    with pytest.raises(ValueError, match="cannot be tuned, it has no token for what is hidden"): tuned(texts, TextConfig(encoder=str(write_encoder(tmp_path / "t5", "mt5"))), pushed)
+
+
+def test_special_tokens_are_never_hidden_and_the_shares_are_right():
+    able = torch.arange(50).expand(2000, -1) > 0
+    given, hidden = hide_tokens(torch.full((2000, 50), 5), able, 99, 90, torch.Generator().manual_seed(0))
+    assert not hidden[:, 0].any() and (given[~hidden] == 5).all() and hidden[:, 1:].float().mean() == pytest.approx(0.15, abs=0.005)
+    assert (given[hidden] == 99).float().mean() == pytest.approx(0.8, abs=0.02) and (given[hidden] == 5).float().mean() == pytest.approx(0.1, abs=0.02)
+
+
+def test_all_but_what_belongs_to_items_is_carried_over(shop):
+    source = made(shop, PushConfig(average=0.9))
+    with torch.no_grad():
+        for weight in source.parameters(): weight.add_(1)
+    target = made(shop, PushConfig(average=0.9), n_items=ITEMS + 5)
+    before = copy.deepcopy(target.state_dict())
+    carry_over(source, target)
+    for name, value in target.state_dict().items():
+        assert value.equal(before[name] if name.startswith(OF_ITEMS) else source.state_dict()[name])
+    assert target.config.whiten is False and source.config.whiten is True
+
+
+@pytest.fixture
+def shops(tmp_path):
+    "Three shops in folders: two without an item in common, and a copy of the first."
+    def write(name, prefix):
+        rng, folder = np.random.default_rng(len(prefix)), tmp_path / name
+        folder.mkdir()
+        pd.DataFrame([(f"u{u}", f"{prefix}{i}", t) for u in range(30) for t, i in enumerate(rng.permutation(20)[:6])], columns=["user", "item", "timestamp"]).to_csv(folder / "interactions.csv", index=False)
+        pd.DataFrame({"item": [f"{prefix}{i}" for i in range(20)], "title": [f"{WORDS[i % 6]} thing" for i in range(20)]}).to_csv(folder / "items.csv", index=False)
+        return str(folder)
+    return write("one", "a"), write("two", "bb"), write("copy", "a")
+
+
+def test_a_pushed_model_has_a_record_and_no_other_model_depends_on_it(shops, tmp_path, monkeypatch):
+    monkeypatch.setenv("FLARE_CACHE", str(tmp_path / "cache"))
+    small = dict(hidden_size=16, heads=2, ffn_size=32, layers=1, perceiver_size=32, perceiver_heads=2, perceiver_layers=1, epochs=1, evaluate_every=1,
+                 encoder=str(write_encoder(tmp_path / "encoder", words=WORDS)), average=0.9, negatives="catalogue", tuning_epochs=1, before=[shops[1]])
+    record = run("pushed", "flare_pushed", shops[0], parameters=small, root=tmp_path / "paper", progress=False)
+    assert read_record(record.path(tmp_path / "paper")) == record and staleness(record) == "" and record.cost["before_seconds"] > 0
+    assert record.parameters["before"] == [shops[1]] and "flare.pushing" in code_digest("flare_pushed")
+    assert not any("flare.pushing" in code_digest(model) for model in ("flare", "bert4rec", "flare_listens", "flare_hears"))
+    with pytest.raises(ValueError, match="shares 20 items with one"): run("pushed", "flare_pushed", shops[0], parameters=small | {"before": [shops[2]]}, root=tmp_path / "paper", progress=False)
+
+
+def test_what_makes_no_sense_is_refused(shop):
+    for wrong, message in (({"average": 1.0}, "average is 1.0"), ({"negatives": "all"}, "choose one of"), ({"tuning_epochs": -1}, "tuning_epochs is -1"), ({"tuning_rate": 0.0}, "tuning_rate is 0.0")):
+        with pytest.raises(ValueError, match=message): PushConfig(**wrong)
+    with pytest.raises(ValueError, match="do not go together"): made(shop, PushConfig(negatives="catalogue"), rivals=4)
