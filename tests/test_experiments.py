@@ -12,14 +12,15 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from nbdev.test import _keep_file
 
 from flare import experiments, grid, records
-from flare.experiments import over_seeds, read_records, run
+from flare.experiments import compared, over_seeds, read_records, run
 from flare.files import write_text
-from flare.grid import WHICH, Grid, declared_parameters, make_points, read_yaml, run_grid
+from flare.grid import WHICH, Grid, answers, asked_of, changes, declared_parameters, make_points, read_yaml, run_grid
 from flare.metrics import Ranks
 from flare.records import (MODELS, SCHEMA, Record, code_digest, essence, parameters_of, read_record, record_key,
                            resolve, staleness, write_record)
@@ -294,6 +295,36 @@ def test_checkpoints_of_other_code_are_not_continued(tmp_path):
 
 def test_numbers_as_people_write_them():
     assert read_yaml("[1e-3, 1E3, -2.5e-2, 1.0, 3, 1e]", "a test") == [0.001, 1000.0, -0.025, 1.0, 3, "1e"]
+
+
+def test_a_point_is_answered_by_its_seeds_and_named_by_what_it_changes(shop, tmp_path):
+    root, points = tmp_path / "paper", [{"model": "lir", "dataset": str(shop), "k1": k1, "seed": seed} for k1 in (1.5, 3) for seed in (1, 0)]
+    for point in points: run("tests", "lir", point["dataset"], point["seed"], parameters={"k1": point["k1"]}, root=root, progress=False)
+    run("tests", "lir", str(shop), split="unseen_users", root=root, progress=False)
+    records = read_records("tests", root)
+    named = [point | {"dataset": records["dataset"].iloc[0]} for point in points]
+    assert asked_of(points[0])[0] == {} and asked_of(points[2]) == ({"k1": 3.0}, {**asked_of(points[0])[1], "k1": 3.0})
+    assert answers(records, named[2])[["seed", "parameters"]].values.tolist() == [[0, '{"k1": 3.0}'], [1, '{"k1": 3.0}']]
+    assert len(answers(records, named[0])) == 2 and len(answers(records, named[0] | {"split": "unseen_users"})) == 1
+    assert answers(records, named[0] | {"k1": 9}).empty
+    assert [changes(point, points[0]) for point in points] == ["", "", "k1 = 3.0", "k1 = 3.0"]
+    assert changes(points[0] | {"split": "norepeat"}, points[2]) == "k1 = 1.5, norepeat"
+    found = compared(answers(records, named[0]), {"other": answers(records, named[2]), "none": records[:0]}, {"MRR": "mrr"}, root)
+    means = [answers(records, point)["test.mrr_pessimistic"].mean() for point in (named[0], named[2])]
+    assert found["other"].tolist() == ["other"] and found[["first", "second"]].values[0] == pytest.approx(means)
+    assert found["difference"].item() == pytest.approx(means[0] - means[1]) and found["low"].item() <= found["difference"].item() <= found["high"].item()
+    assert compared(records[:0], {"other": records}, {"MRR": "mrr"}, root).empty
+
+
+def test_without_repeats_it_is_another_split(tmp_path):
+    folder = tmp_path / "again"
+    folder.mkdir()
+    rows = [(f"u{u}", item, t) for u in range(12) for t, item in enumerate(["a", "a", "b", "c", "c", "d" if u % 2 else "e", "e"])]
+    pd.DataFrame(rows, columns=["user", "item", "timestamp"]).to_csv(folder / "interactions.csv", index=False)
+    pd.DataFrame({"item": list("abcde"), "title": list("abcde")}).to_csv(folder / "items.csv", index=False)
+    with_repeats, without = (run("tests", "repeat_last", str(folder), split=split, root=tmp_path / "paper", progress=False) for split in ("leave_one_out", "norepeat"))
+    assert with_repeats.metrics["test"]["recall@1"] == 0.5 > without.metrics["test"]["recall@1"] == 0
+    assert with_repeats.key != without.key and without.dataset["split"] == "norepeat"
 
 
 def test_an_undeclared_key_is_refused(project):
