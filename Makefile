@@ -5,7 +5,7 @@ DATASET ?= ml-100k
 BIN := $(VENV)/bin
 PIP := pip install -q --disable-pip-version-check --no-compile
 TINY := hidden_size=16 heads=2 ffn_size=32 layers=1 perceiver_size=16 perceiver_heads=2 perceiver_layers=1 latents=1 max_len=10 \
-	epochs=1 evaluate_every=1 listener_steps=5 listener_sayings=200 listener_width=16
+	epochs=1 evaluate_every=1 listener_steps=5 listener_sayings=200 listener_width=16 encoder=minilm before=[]
 
 .PHONY: setup quickstart test smoke pages paper readme peers clean
 
