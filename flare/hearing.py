@@ -28,7 +28,7 @@ from .sequences import Catalogue, Dataset, Holdout, Sequences, Split
 from .text import Encoder, TextConfig
 
 # %% ../nbs/16_hearing.ipynb #1fff8270
-STRENGTHS = (0.25, 0.5, 1.0, 1.5, 2.0, 3.0, 5.0)  # that are tried
+STRENGTHS = (0.25, 0.5, 1.0, 1.5, 2.0, 3.0, 5.0, 10.0)  # that are tried
 Answer = tuple[Callable[[float], nn.Module], np.ndarray, Critiques | None]  # the model at a strength, what each user asks for, and the strings where the model reads them
 
 
