@@ -18,16 +18,19 @@ from flare.text import TokenStates
 from flare.trainer import TrainConfig, Trainer
 
 SCRIPT = """
-import sys, torch
+import sys
+from dataclasses import replace
+import numpy as np, torch
 from flare.data import leave_one_out, load_dataset
 from flare.models import FlareConfig, FlareModel
 from flare.trainer import TrainConfig, Trainer
 
 torch.set_num_threads(1)
-split = leave_one_out(load_dataset("ml-100k"))
+movies = load_dataset("ml-100k")
+split = leave_one_out(replace(movies, users=movies.users[:250], sequences=movies.sequences.take(np.arange(250))))
 torch.manual_seed(0)
 model = FlareModel(FlareConfig(n_items=split.n_items, max_len=20, hidden_size=32, heads=2, ffn_size=64, rivals=int(sys.argv[2])))
-config = TrainConfig(epochs=2, max_len=20, batch_size=64, checkpoint_every=5)
+config = TrainConfig(epochs=2, max_len=20, batch_size=64, checkpoint_every=3)
 Trainer(model, split, config, sys.argv[1], progress=False).fit()
 """
 
