@@ -67,8 +67,8 @@ def build(
     if isinstance(added, PushConfig) and added.tuning_epochs: reading = tuned(item_texts(dataset.catalogue, reading.template), reading, added, seed, progress=progress)
     text = reading and token_states(item_texts(dataset.catalogue, reading.template), reading, progress=progress)
     if text: config.text_width = text.width
-    heard = {"strings": len(sayings(dataset.catalogue, added)[0]), "compared": added.listener_width} if isinstance(added, ListenConfig) else {}
-    plan = plan_memory(config, training, text, float(np.mean(split.train.lengths)), "cuda" if torch.cuda.is_available() else "cpu", **heard)
+    more = {"strings": len(sayings(dataset.catalogue, added)[0]), "compared": added.listener_width} if isinstance(added, ListenConfig) else {"averaged": isinstance(added, PushConfig) and added.average > 0}
+    plan = plan_memory(config, training, text, float(np.mean(split.train.lengths)), "cuda" if torch.cuda.is_available() else "cpu", **more)
     if progress: print(plan)
     plan.check()
     torch.manual_seed(seed)

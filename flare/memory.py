@@ -79,6 +79,7 @@ def plan_memory(
     device: torch.device | str = "cpu",
     strings: int = 0,  # that are heard when the model is taught to listen, at most; 0: it is not
     compared: int = 0,  # width of what a listener compares
+    averaged: bool = False,  # a running average of the weights is kept, and one of the best
 ) -> MemoryPlan:
     "Add up what a training will need, before anything is made."
     with torch.device("meta"): model = FlareModel(config)
@@ -97,5 +98,5 @@ def plan_memory(
     scores = 3 * users * piece + users * training.max_len * (8 * d + 2 * config.ffn_size)
     listening = strings and model.reader.size * (2 * strings + 4 * config.n_items) + compared * (strings + config.n_items)
     return MemoryPlan({"weights": weights, "gradients": weights - by_rows, "moments": 2 * weights, "best weights": weights + buffers,
-                       "context table": buffers, "a step": int(4 * step), "an evaluation": int(4 * scores), "learning to listen": 4 * listening},
+                       "context table": buffers, "a step": int(4 * step), "an evaluation": int(4 * scores), "averages": 2 * weights * averaged, "learning to listen": 4 * listening},
                       free_memory(device), config.n_items, d, 0 if text is None else text.states.nbytes)

@@ -61,6 +61,7 @@ def test_texts_and_steps_are_in_the_plan():
     size = FlareModel(reading).reader.size
     assert heard.parts["learning to listen"] == 4 * (size * (40_000 + 20_000) + 512 * 25_000) > heard.parts["a step"]
     assert heard.total - heard.parts["learning to listen"] == (silent := plan_memory(reading, TrainConfig(batch_size=64))).total - max(silent.parts[part] for part in ("a step", "an evaluation"))
+    assert (averaged := plan_memory(reading, TrainConfig(batch_size=64), averaged=True)).total - silent.total == 2 * silent.parts["weights"] == averaged.parts["averages"]
     weights = 4 * sum(p.numel() for p in FlareModel(config).parameters())
     assert {name: plain.parts[name] for name in ("weights", "gradients", "moments", "best weights")} == {
         "weights": weights, "gradients": weights, "moments": 2 * weights, "best weights": weights}
