@@ -22,14 +22,14 @@ import torch
 from filelock import FileLock
 
 from .critiquing import CritiqueConfig, critiques_of
-from .data import READERS, Dataset, Split, load_dataset
+from .data import READERS, Dataset, Split, load_dataset, norepeat
 from .files import write_text
 from .hearing import HearingTest, hearing_voice, listening_voice, traces
 from .listening import ListenConfig, sayings, teach
 from .memory import plan_memory
 from .metrics import METRICS, Ranks, evaluate, paired_bootstrap
-from .models import FlareModel
-from .pushing import PushConfig, trained_before, tuned
+from .models import FlareConfig, FlareModel
+from .pushing import PushConfig, others_before, trained_before, tuned
 from .records import (SPLITS, TAUGHT, TRAINING_FREE, Record, code_digest, configs, environment, parameters_of, project_folder,
                            read_record, record_key, record_path, resolve, staleness, typed, write_record)
 from .text import Encoder, item_texts, token_states
@@ -64,16 +64,18 @@ def build(
         seconds = time.perf_counter() - start
         return Built(made, {"epochs": 0, "steps": 0, "train_seconds": seconds, "eval_seconds": 0.0, "peak_memory_mb": None, "trainable_parameters": 0})
     config, training, reading, added = configs(model, complete, split.n_items, seed)
-    if isinstance(added, PushConfig) and added.tuning_epochs: reading = tuned(item_texts(dataset.catalogue, reading.template), reading, added, seed, progress=progress)
+    pushed, before = added if isinstance(added, PushConfig) else PushConfig(), 0.0
+    others = others_before(dataset, pushed)
+    if pushed.tuning_epochs: reading, before = tuned(item_texts(dataset.catalogue, reading.template), reading, pushed, seed, progress=progress)
     text = reading and token_states(item_texts(dataset.catalogue, reading.template), reading, progress=progress)
     if text: config.text_width = text.width
-    more = {"strings": len(sayings(dataset.catalogue, added)[0]), "compared": added.listener_width} if isinstance(added, ListenConfig) else {"averaged": isinstance(added, PushConfig) and added.average > 0}
-    plan = plan_memory(config, training, text, float(np.mean(split.train.lengths)), "cuda" if torch.cuda.is_available() else "cpu", **more)
+    more = {"strings": len(sayings(dataset.catalogue, added)[0]), "compared": added.listener_width} if isinstance(added, ListenConfig) else {"averaged": pushed.average > 0}
+    largest = max([config, *(FlareConfig(**config.to_diff_dict() | {"n_items": other.n_items}) for other in others)], key=lambda config: config.n_items)
+    plan = plan_memory(largest, training, text, float(np.mean(split.train.lengths)), "cuda" if torch.cuda.is_available() else "cpu", **more)
     if progress: print(plan)
     plan.check()
     torch.manual_seed(seed)
-    made = trained_before(dataset, config, training, reading, added, folder, progress) if isinstance(added, PushConfig) else FlareModel(config)
-    spent = time.perf_counter() - start  # reading, tuning and other trainings
+    made, seconds = trained_before(others, config, training, reading, pushed, folder, progress) if pushed is added else (FlareModel(config), 0.0)
     critiques = critiques_of(dataset.catalogue, added, reading, progress) if isinstance(added, CritiqueConfig) else None
     result = train(made, split, training, folder, progress, text, critiques)
     taught, voice = time.perf_counter(), None
@@ -85,7 +87,7 @@ def build(
     cost = {"epochs": result.epochs, "steps": result.steps, "train_seconds": result.train_seconds, "eval_seconds": result.eval_seconds,
             "peak_memory_mb": result.peak_memory_mb, "trainable_parameters": weights}
     if voice: cost["teach_seconds"] = time.perf_counter() - taught
-    if isinstance(added, PushConfig): cost["before_seconds"] = spent
+    if pushed is added: cost["before_seconds"] = before + seconds
     return Built(made, cost, config.max_len, voice, result.history)
 
 
@@ -129,15 +131,17 @@ def run(
             record = found
         else:
             code, parts, trained = code_digest(model), SPLITS[split](data), TAUGHT.get(model, model)
-            claim(folder, {"code": code_digest(trained), "data": data.fingerprint, "config": {name: complete[name] for name in parameters_of(trained)}})
+            before = {name: fingerprint_now(name) for name in complete.get("before", ())}  # other sets that it is trained on first
+            claim(folder, {"code": code_digest(trained), "data": data.fingerprint, "before": before, "config": {name: complete[name] for name in parameters_of(trained)}})
             ready, cost, max_len, voice, history = build(model, complete, data, parts, seed, folder, progress)
             start = time.perf_counter()
             ranks = {part: evaluate(ready, holdout, parts.n_items, max_len)
                      for part, holdout in (("validation", parts.validation), ("test", parts.test))}
             cost["eval_seconds"] += time.perf_counter() - start
+            counted = norepeat(data) if split == "norepeat" else data
             about = {"name": data.name, "fingerprint": data.fingerprint, "split": split, "users": data.n_users,
-                     "items": data.n_items, "interactions": data.n_events,
-                     "text_coverage": float(data.statistics()["text_coverage"])}
+                     "items": data.n_items, "interactions": counted.n_events,
+                     "text_coverage": float(counted.statistics()["text_coverage"])} | ({"before": before} if before else {})
             metrics = {part: r.metrics() for part, r in ranks.items()}
             heard = voice and HearingTest(ready, voice, data, parts, max_len=max_len).run()
             if heard: metrics, cost = metrics | heard.results, cost | heard.latency()

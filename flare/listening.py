@@ -160,7 +160,7 @@ def sayings(
 def own_words(
     catalogue: Catalogue,
 ) -> tuple[list[str], np.ndarray, np.ndarray]:  # distinct strings (Q,); codes (ways, V) of what each item is called, -1 for none; and (ways,) bool: those that may name something above it
-    "What a catalogue itself calls its items, in lower case: their paths, the ends of these, and brands; and each path down to every level, and every level by its name."
+    "What a catalogue itself calls its items, in lower case: their paths, the ends of these, and brands; and each path down to every one of its first four levels, and every such level by its name."
     categories = Categories.of(catalogue)
     whole = [[BETWEEN.join(path[:depth]) for path in categories.paths] for depth in (DEPTH, 2)]  # precise and broad
     ends = [[BETWEEN.join(path[-levels:]) for path in categories.paths] for levels in (1, 2)]

@@ -119,10 +119,10 @@ def configs(
 
     added = EXTENDED.get(model)
     modalities = {"bert4rec": (), "flare_hears": ("text", "critique")}.get(model, ("text",))
-    return (FlareConfig(n_items=n_items, modalities=modalities, **its_own(FlareConfig.own_fields())),
-            TrainConfig(seed=seed, **its_own(f.name for f in fields(TrainConfig))),
-            TextConfig(**its_own(f.name for f in fields(TextConfig))) if modalities else None,
-            added and added(**its_own(f.name for f in fields(added))))
+    config, more = FlareConfig(n_items=n_items, modalities=modalities, **its_own(FlareConfig.own_fields())), added and added(**its_own(f.name for f in fields(added)))
+    if isinstance(more, PushConfig): more.check(config)
+    return (config, TrainConfig(seed=seed, **its_own(f.name for f in fields(TrainConfig))),
+            TextConfig(**its_own(f.name for f in fields(TextConfig))) if modalities else None, more)
 
 # %% ../nbs/18_records.ipynb #19c1ca86
 def record_key(

@@ -1,18 +1,21 @@
 "What is tried beyond the paper does what it says, and nothing while it is off."
 import copy
+import inspect
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file
 
+from flare.data import load_dataset
 from flare.experiments import run
 from flare.masking import TrainingBatches, evaluation_batches
 from flare.metrics import evaluating
 from flare.models import FlareConfig, FlareModel
-from flare.pushing import OF_ITEMS, PushConfig, PushedFlare, carry_over, guess_words, hide_tokens, trained_before, tuned
-from flare.records import code_digest, read_record, staleness
+from flare.pushing import OF_ITEMS, PushConfig, PushedFlare, carry_over, guess_words, hide_tokens, others_before, trained_before, tuned
+from flare.records import code_digest, read_record, resolve, staleness
 from flare.sequences import Catalogue, Dataset, Sequences, leave_one_out
 from flare.text import Encoder, TextConfig, encoder_folder, item_texts, token_states
 from flare.trainer import TrainConfig, train
@@ -74,8 +77,14 @@ def test_the_average_is_judged_and_the_weights_are_trained(shop):
     with evaluating(model):
         model.refresh(shop[2].chunks()), judged.refresh(shop[2].chunks())
         torch.testing.assert_close(model.scorer(batch)(slice(3, 20)), judged.scorer(batch)(slice(3, 20)))
-        with pytest.raises(TypeError): model.refresh(None)  # whatever happens, the weights come back
-    torch.testing.assert_close({name: value for name, value in model.state_dict().items() if "context" not in name}, {name: value for name, value in before.items() if "context" not in name})
+        with pytest.raises(RuntimeError), model.as_average(): raise RuntimeError  # whatever happens, the weights come back
+    read = ("context_table.rows", "average_rows", "has_text")
+    torch.testing.assert_close({name: value for name, value in model.state_dict().items() if name not in read}, {name: value for name, value in before.items() if name not in read})
+    torch.testing.assert_close(model.average_rows, judged.context_table.rows)
+    plain = FlareModel(config(shop)).eval()
+    plain.load_state_dict({name: value for name, value in model.state_dict().items() if name in plain.state_dict()})
+    with torch.no_grad(): plain.refresh(shop[2].chunks())
+    torch.testing.assert_close(model.context_table.rows, plain.context_table.rows)  # training goes on from what its own weights read
     assert not torch.allclose(model.item_embedding.weight, expected["item_embedding.weight"])
 
 
@@ -104,14 +113,17 @@ def test_the_contrast_with_the_catalogue_is_that_of_its_formula(shop):
     batch = next(TrainingBatches(leave_one_out(shop[0]).train, ITEMS, 16, 10, text=shop[2]).epoch(0))
     losses = model.loss(batch)
     items, fresh = model.of_items(batch, model.contexts(batch)[1])
-    keep = items < ITEMS - 1  # the last one has no text
-    ids, texts = (F.normalize(x, dim=-1) for x in (model.item_embedding.weight, model.project(model.context_table.rows)))
+    keep = items < ITEMS - 1  # the last one has no text, and is nobody's rival
+    ids, texts = (F.normalize(x[: ITEMS - 1], dim=-1) for x in (model.item_embedding.weight, model.project(model.context_table.rows)))
     near = F.normalize(model.project(fresh[keep]), dim=-1)
     expected = (F.cross_entropy(ids[items[keep]] @ texts.T / 0.1, items[keep], reduction="sum") + F.cross_entropy(near @ ids.T / 0.1, items[keep], reduction="sum")) / 2
     total, count = losses["contrastive"]
     assert count == keep.sum() < len(items)
     torch.testing.assert_close(total, 0.2 * expected, rtol=2e-2, atol=0)
     total.backward()
+    batch.counts.zero_()
+    model.has_text.zero_()
+    assert "contrastive" not in model.loss(batch)  # a catalogue without texts
     assert all(weight.grad.abs().sum() > 0 for weight in (model.item_embedding.weight, model.project.weight, next(model.reader.parameters())))
 
 
@@ -126,14 +138,18 @@ def test_hidden_words_are_guessed_better_and_the_encoder_is_kept(shop, tmp_path,
     losses = guess_words(model, encoder, sorted(set(texts) - {""}), pushed, 0, 4, False)
     assert np.mean(losses[-20:]) < 0.6 * np.mean(losses[:5])
     state = torch.random.get_rng_state()
-    found = tuned(texts, reading, pushed)
+    found, seconds = tuned(texts, reading, pushed)
+    assert seconds > 0
     assert torch.equal(torch.random.get_rng_state(), state)
     assert found.encoder != reading.encoder and Encoder(found).fingerprint != encoder.fingerprint
-    monkeypatch.setattr("flare.pushing.guess_words", None)  # it is there already
-    assert tuned(texts, reading, pushed) == found
+    def never(*arguments): raise TypeError
+    source = inspect.getsource
+    monkeypatch.setattr(inspect, "getsource", lambda function: source(guess_words if function is never else function))
+    monkeypatch.setattr("flare.pushing.guess_words", never)  # it is there already
+    assert tuned(texts, reading, pushed) == (found, seconds)
     with pytest.raises(TypeError): tuned(texts, reading, pushed, seed=1)
     assert not list((tmp_path / "encoders").glob("*.part"))
-    with pytest.raises(ValueError, match="cannot be tuned, it has no token for what is hidden"): tuned(texts, TextConfig(encoder=str(write_encoder(tmp_path / "t5", "mt5"))), pushed)
+    with pytest.raises(ValueError, match="cannot be tuned, it has no head or no token for hidden words"): tuned(texts, TextConfig(encoder=str(write_encoder(tmp_path / "t5", "mt5"))), pushed)
 
 
 def test_special_tokens_are_never_hidden_and_the_shares_are_right():
@@ -162,9 +178,25 @@ def shops(tmp_path):
         rng, folder = np.random.default_rng(len(prefix)), tmp_path / name
         folder.mkdir()
         pd.DataFrame([(f"u{u}", f"{prefix}{i}", t) for u in range(30) for t, i in enumerate(rng.permutation(20)[:6])], columns=["user", "item", "timestamp"]).to_csv(folder / "interactions.csv", index=False)
-        pd.DataFrame({"item": [f"{prefix}{i}" for i in range(20)], "title": [f"{WORDS[i % 6]} thing" for i in range(20)]}).to_csv(folder / "items.csv", index=False)
+        pd.DataFrame({"item": [f"{prefix}{i}" for i in range(20)], "title": [f"{WORDS[i % 6]} thing {prefix}" for i in range(20)]}).to_csv(folder / "items.csv", index=False)
         return str(folder)
     return write("one", "a"), write("two", "bb"), write("copy", "a")
+
+
+def test_what_was_learned_before_is_what_training_starts_from(shops, tmp_path, monkeypatch):
+    monkeypatch.setenv("FLARE_CACHE", str(tmp_path / "cache"))
+    reading, target = TextConfig(encoder=str(write_encoder(tmp_path / "encoder", words=WORDS))), load_dataset(shops[0])
+    text = token_states(item_texts(target.catalogue), reading, progress=False)
+    size = FlareConfig(n_items=20, max_len=10, hidden_size=16, heads=2, ffn_size=32, layers=1, text_width=text.width, modalities=("text",), latents=2, perceiver_size=32, perceiver_heads=2, perceiver_layers=1)
+    others = others_before(target, PushConfig(before=(shops[1], shops[1])))
+    model, seconds = trained_before(others, size, SCHEDULE, reading, PushConfig(), tmp_path / "runs")
+    checkpoint = max((tmp_path / "runs/before-1").glob("epoch-*"))
+    last = load_file(checkpoint / "best.safetensors")
+    assert all(value.equal(last[name]) for name, value in model.state_dict().items() if not name.startswith(OF_ITEMS)) and seconds > 0
+    assert not model.config.whiten and not model.item_embedding.weight.equal(last["item_embedding.weight"])
+    again, spent = trained_before(others, size, SCHEDULE, reading, PushConfig(), tmp_path / "runs")  # nothing is trained twice
+    assert spent == pytest.approx(seconds, rel=0.5) and max((tmp_path / "runs/before-1").glob("epoch-*")).stat().st_mtime == checkpoint.stat().st_mtime
+    assert all(value.equal(again.state_dict()[name]) for name, value in model.state_dict().items())
 
 
 def test_a_pushed_model_has_a_record_and_no_other_model_depends_on_it(shops, tmp_path, monkeypatch):
@@ -172,13 +204,15 @@ def test_a_pushed_model_has_a_record_and_no_other_model_depends_on_it(shops, tmp
     small = dict(hidden_size=16, heads=2, ffn_size=32, layers=1, perceiver_size=32, perceiver_heads=2, perceiver_layers=1, epochs=1, evaluate_every=1,
                  encoder=str(write_encoder(tmp_path / "encoder", words=WORDS)), average=0.9, negatives="catalogue", tuning_epochs=1, before=[shops[1]])
     record = run("pushed", "flare_pushed", shops[0], parameters=small, root=tmp_path / "paper", progress=False)
-    assert read_record(record.path(tmp_path / "paper")) == record and staleness(record) == "" and record.cost["before_seconds"] > 0
-    assert record.parameters["before"] == [shops[1]] and "flare.pushing" in code_digest("flare_pushed")
+    assert read_record(record.path(tmp_path / "paper")) == record and staleness(record) == "" and record.cost["before_seconds"] > record.cost["train_seconds"] / 10
+    assert record.parameters["before"] == [shops[1]] and list(record.dataset["before"]) == [shops[1]] and "flare.pushing" in code_digest("flare_pushed")
     assert not any("flare.pushing" in code_digest(model) for model in ("flare", "bert4rec", "flare_listens", "flare_hears"))
-    with pytest.raises(ValueError, match="shares 20 items with one"): run("pushed", "flare_pushed", shops[0], parameters=small | {"before": [shops[2]]}, root=tmp_path / "paper", progress=False)
+    with pytest.raises(ValueError, match="shares 6 titles with one"): run("pushed", "flare_pushed", shops[0], parameters=small | {"before": [shops[2]]}, root=tmp_path / "paper", progress=False)
 
 
 def test_what_makes_no_sense_is_refused(shop):
     for wrong, message in (({"average": 1.0}, "average is 1.0"), ({"negatives": "all"}, "choose one of"), ({"tuning_epochs": -1}, "tuning_epochs is -1"), ({"tuning_rate": 0.0}, "tuning_rate is 0.0")):
         with pytest.raises(ValueError, match=message): PushConfig(**wrong)
-    with pytest.raises(ValueError, match="do not go together"): made(shop, PushConfig(negatives="catalogue"), rivals=4)
+    for name in ("rivals", "margin"):
+        with pytest.raises(ValueError, match=f"{name} and negatives='catalogue' do not go together"): made(shop, PushConfig(negatives="catalogue"), **{name: 1})
+        with pytest.raises(ValueError, match="do not go together"): resolve("flare_pushed", {"negatives": "catalogue", name: 1})
