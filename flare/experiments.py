@@ -125,7 +125,7 @@ def run(
     seed = typed("seed", seed, 0)
     key = record_key(model, data.name, seed, split, asked)
     path, folder = record_path(root, experiment, key), root / "runs" / experiment / key
-    folder.mkdir(parents=True, exist_ok=True)
+    folder.parent.mkdir(parents=True, exist_ok=True)  # the folder itself only under the lock
     with FileLock(folder.with_suffix(".lock")):
         if path.exists() and not staleness(found := read_record(path), data.fingerprint):
             record = found
