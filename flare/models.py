@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable
 
 import torch
 import torch.nn.functional as F
+from fastcore.basics import patch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
@@ -189,7 +190,7 @@ def attention_bias(
     apart = batch.from_end[:, :, None] - batch.from_end[:, None, :]  # (R, W, W)
     return ByDistance.apply(by_distance, apart + len(by_distance) // 2).masked_fill(other, -math.inf)
 
-# %% ../nbs/09_models.ipynb #f365a917
+# %% ../nbs/09_models.ipynb #6a9fe740
 class FlareModel(PreTrainedModel):
     "Bert4Rec (Sun et al. 2019), and with modalities Flare (Hebert et al.): predicts the hidden items of packed sequences."
     config_class = FlareConfig
@@ -236,139 +237,173 @@ class FlareModel(PreTrainedModel):
             for vector in (self.mask_embedding, *([self.no_text] if self.config.modalities else [])):
                 nn.init.normal_(vector, std=std)
 
-    def ids(self,
-        batch: Batch,
-        e: Tensor | None = None,  # (V, d) all id vectors; None: the model's
-    ) -> tuple[Tensor, Tensor]:  # (V, d) e, while training zero for a share of the items, and (R, W, d) those of the batch, of masks any
-        "The id vectors of this step."
-        if e is None: e = self.item_embedding.weight
-        if self.training and self.config.id_dropout: e = e * (torch.rand(len(e), 1, device=e.device) >= self.config.id_dropout)
-        return self.rows(e, batch.items.clamp(max=self.config.n_items - 1))
-
-    def rows(self,
-        e: Tensor,  # (V, d)
-        items: Tensor,  # (...)
-    ) -> tuple[Tensor, Tensor]:  # e, to be used from here on, and (..., d)
-        "Some id vectors; where the loss too looks at a few items only, their gradient is sparse."
-        return share_table(e, items, sparse=self.training and bool(self.sparse_weights()))
-
-    def sparse_weights(self) -> list[nn.Parameter]:
-        "Those whose gradient is sparse, a row for each item that a step looks at."
-        if not self.config.rivals or self.config.id_dropout: return []
-        return [self.item_embedding.weight] + ([self.output_embedding.weight] if self.config.output_tie == "none" else [])
-
-    def read(self,
-        states: Tensor,  # (T, width) token states, one context after the other
-        counts: Tensor,  # (C, types) tokens of each
-    ) -> Tensor:  # (C, f)
-        "What the reader makes of texts."
-        return torch.where(counts.sum(1, keepdim=True) > 0, self.reader(states, counts), self.no_text)
-
-    def contexts(self, batch: Batch) -> tuple[Tensor | None, Tensor | None]:  # (C, f) of all, (F, f) of those read anew; None where none are
-        "The contexts of a batch: read from the tokens that came with it, or else as remembered."
-        if not self.config.modalities: return None, None
-        fresh = None if batch.read is None else self.read(batch.states, batch.counts)
-        if fresh is not None and len(fresh) == len(batch.contexts): return fresh, fresh
-        known = self.context_table.rows[batch.contexts[:, 0].clamp(max=self.config.n_items - 1)]
-        return (known if fresh is None else known.index_copy(0, batch.read, fresh.to(known.dtype))), fresh
-
-    def encode(self,
-        batch: Batch,
-        x: Tensor,  # (R, W, d) from `ids`
-        c: Tensor | None,  # (C, f) from `contexts`
-    ) -> Tensor:  # (M, d) states at the masks, after the head
-        "What the transformer makes of each masked position."
-        hidden_item = (batch.items >= self.config.n_items)[..., None]  # (R, W, 1) masks; padding counts as one
-        if c is not None:
-            c = F.dropout(self.project(c), self.config.context_dropout, self.training)  # (C, d)
-            x = x + F.embedding(batch.context_index, c)
-        x = torch.where(hidden_item, self.mask_embedding, x)
-        if len(self.config.modalities) > 1:  # what is asked for is heard where id and text are hidden
-            heard = c.masked_fill((batch.contexts[:, 1:] < 0).all(1, keepdim=True), 0.0)  # (C, d)
-            x = torch.where(hidden_item, x + F.embedding(batch.context_index, heard), x)
-        place = batch.position if self.config.positions == "start" else batch.from_end  # (R, W)
-        h = self.embedding_dropout(x + self.position_embedding(place))
-        bias = attention_bias(batch, BIAS_RATE * self.distance_bias if self.config.distance_bias else None)
-        for layer in self.layers: h = layer(h, bias)
-        return self.head(self.norm(h.flatten(0, 1).index_select(0, batch.masked)))  # (M, d)
-
-    def logits(self,
-        h: Tensor,  # (M, d) from `encode`
-        e: Tensor,  # (V, d) from `ids`
-        item_slice: slice = slice(None),
-    ) -> list[tuple[Tensor, Tensor]]:  # pairs of states (M, ·) and table (V, ·), whose products add up to the logits
-        "What the states are compared with: ids, and contexts where they are tied too."
-        table = self.output_embedding.weight if self.config.output_tie == "none" else e
-        pairs = [(h, table if item_slice == slice(None) else table[item_slice])]  # a slice of all would copy its gradient
-        if self.config.modalities and self.config.output_tie == "item":
-            pairs.append((self.project.back(h), self.context_table.rows[item_slice]))
-        return pairs
-
-    def of_items(self,
-        batch: Batch,
-        fresh: Tensor,  # (F, ...) of the contexts that were read
-    ) -> tuple[Tensor, Tensor]:  # items (n,), and theirs (n, ...)
-        "Which of the contexts that were read are those of an item as such, without a critique."
-        contexts = batch.contexts[batch.read]
-        plain = (contexts[:, 0] < self.config.n_items) & (contexts[:, 1:] < 0).all(1)
-        return contexts[plain, 0], fresh[plain]
-
-    def loss(self, batch: Batch) -> dict[str, tuple[Tensor, int]]:
-        "The masked-item loss, eq. (1), and with texts the contrastive loss, eq. (2), times alpha; as (sum, count)."
-        (c, read), e, losses = self.contexts(batch), self.item_embedding.weight, {}
-        if read is not None:
-            items, fresh = self.of_items(batch, read)
-            if self.training: self.context_table.put(items, fresh)
-            said = self.of_items(batch, batch.counts)[1].sum(1) > 0
-            if self.config.alpha and said.any():
-                e, own = self.rows(e, items[said])
-                total, count = contrastive_loss(own, self.project(fresh[said]), self.config.temperature, self.config.margin)
-                losses["contrastive"] = self.config.alpha * total, count
-        e, x = self.ids(batch, e)
-        pairs = self.logits(self.encode(batch, x, c), e)
-        if self.training and self.config.rivals:
-            rivals = torch.randint(self.config.n_items, (self.config.rivals,), device=e.device)
-            return losses | {"mlm": sampled_item_loss(pairs, batch.targets, rivals, bias=self.output_bias, sparse=bool(self.sparse_weights()))}
-        return losses | {"mlm": masked_item_loss(pairs, batch.targets, self.output_bias)}
-
-    def scorer(self, batch: Batch) -> Callable[[slice], Tensor]:  # from a slice of the catalogue to logits (M, items in the slice)
-        "What scores a batch, piece by piece of the catalogue; the states at the masks are made once."
-        (e, x), (c, _) = self.ids(batch), self.contexts(batch)
-        h = self.encode(batch, x, c)
-
-        def score(item_slice: slice) -> Tensor:
-            "One piece."
-            (states, table), *others = self.logits(h, e, item_slice)
-            logits = F.linear(states, table, None if self.output_bias is None else self.output_bias[item_slice])
-            for states, table in others: logits = logits.addmm_(states, table.T)
-            return logits
-
-        return score
-
-    def score(self, batch: Batch, item_slice: slice = slice(None)) -> Tensor:  # (M, items in the slice)
-        "Logits of the catalogue, or a slice of it, at each mask."
-        return self.scorer(batch)(item_slice)
-
-    @torch.no_grad()
-    def whiten(self,
-        chunks: Iterable[tuple[Tensor, Tensor, Tensor]],  # items, token states and counts of the catalogue, piece by piece
-    ):
-        "Let the reader start from what sets the texts of a catalogue apart; to be called once, before training."
-        n, total, square = 0, 0.0, 0.0
-        for _, states, counts in chunks:
-            x = pool(states.to(self.device), counts.to(self.device), self.reader.which)[counts > 0].double()  # (texts, width)
-            n, total, square = n + len(x), total + x.sum(0), square + x.T @ x
-        mean = total / n
-        self.reader.whiten(mean.float(), (square / n - mean.outer(mean)).float())
-
-    @torch.no_grad()
-    def refresh(self,
-        chunks: Iterable[tuple[Tensor, Tensor, Tensor]],  # items, token states and counts of the catalogue, piece by piece
-    ):
-        "Make the context table exact; to be called in evaluation mode."
-        for items, states, counts in chunks:
-            self.context_table.put(items.to(self.device), self.read(states.to(self.device), counts[:, None].to(self.device)))
-
     def forward(self, batch: Batch) -> Tensor:  # (M, V)
         "`score` over the whole catalogue."
         return self.score(batch)
+
+# %% ../nbs/09_models.ipynb #fb7f0ab3
+@patch
+def ids(
+    self: FlareModel,
+    batch: Batch,
+    e: Tensor | None = None,  # (V, d) all id vectors; None: the model's
+) -> tuple[Tensor, Tensor]:  # (V, d) e, while training zero for a share of the items, and (R, W, d) those of the batch, of masks any
+    "The id vectors of this step."
+    if e is None: e = self.item_embedding.weight
+    if self.training and self.config.id_dropout: e = e * (torch.rand(len(e), 1, device=e.device) >= self.config.id_dropout)
+    return self.rows(e, batch.items.clamp(max=self.config.n_items - 1))
+
+
+@patch
+def rows(
+    self: FlareModel,
+    e: Tensor,  # (V, d)
+    items: Tensor,  # (...)
+) -> tuple[Tensor, Tensor]:  # e, to be used from here on, and (..., d)
+    "Some id vectors; where the loss too looks at a few items only, their gradient is sparse."
+    return share_table(e, items, sparse=self.training and bool(self.sparse_weights()))
+
+
+@patch
+def sparse_weights(self: FlareModel) -> list[nn.Parameter]:
+    "Those whose gradient is sparse, a row for each item that a step looks at."
+    if not self.config.rivals or self.config.id_dropout: return []
+    return [self.item_embedding.weight] + ([self.output_embedding.weight] if self.config.output_tie == "none" else [])
+
+# %% ../nbs/09_models.ipynb #de477677
+@patch
+def read(
+    self: FlareModel,
+    states: Tensor,  # (T, width) token states, one context after the other
+    counts: Tensor,  # (C, types) tokens of each
+) -> Tensor:  # (C, f)
+    "What the reader makes of texts."
+    return torch.where(counts.sum(1, keepdim=True) > 0, self.reader(states, counts), self.no_text)
+
+
+@patch
+def contexts(self: FlareModel, batch: Batch) -> tuple[Tensor | None, Tensor | None]:  # (C, f) of all, (F, f) of those read anew; None where none are
+    "The contexts of a batch: read from the tokens that came with it, or else as remembered."
+    if not self.config.modalities: return None, None
+    fresh = None if batch.read is None else self.read(batch.states, batch.counts)
+    if fresh is not None and len(fresh) == len(batch.contexts): return fresh, fresh
+    known = self.context_table.rows[batch.contexts[:, 0].clamp(max=self.config.n_items - 1)]
+    return (known if fresh is None else known.index_copy(0, batch.read, fresh.to(known.dtype))), fresh
+
+# %% ../nbs/09_models.ipynb #531c7c5f
+@patch
+def encode(
+    self: FlareModel,
+    batch: Batch,
+    x: Tensor,  # (R, W, d) from `ids`
+    c: Tensor | None,  # (C, f) from `contexts`
+) -> Tensor:  # (M, d) states at the masks, after the head
+    "What the transformer makes of each masked position."
+    hidden_item = (batch.items >= self.config.n_items)[..., None]  # (R, W, 1) masks; padding counts as one
+    if c is not None:
+        c = F.dropout(self.project(c), self.config.context_dropout, self.training)  # (C, d)
+        x = x + F.embedding(batch.context_index, c)
+    x = torch.where(hidden_item, self.mask_embedding, x)
+    if len(self.config.modalities) > 1:  # what is asked for is heard where id and text are hidden
+        heard = c.masked_fill((batch.contexts[:, 1:] < 0).all(1, keepdim=True), 0.0)  # (C, d)
+        x = torch.where(hidden_item, x + F.embedding(batch.context_index, heard), x)
+    place = batch.position if self.config.positions == "start" else batch.from_end  # (R, W)
+    h = self.embedding_dropout(x + self.position_embedding(place))
+    bias = attention_bias(batch, BIAS_RATE * self.distance_bias if self.config.distance_bias else None)
+    for layer in self.layers: h = layer(h, bias)
+    return self.head(self.norm(h.flatten(0, 1).index_select(0, batch.masked)))  # (M, d)
+
+# %% ../nbs/09_models.ipynb #ef4a5b05
+@patch
+def logits(
+    self: FlareModel,
+    h: Tensor,  # (M, d) from `encode`
+    e: Tensor,  # (V, d) from `ids`
+    item_slice: slice = slice(None),
+) -> list[tuple[Tensor, Tensor]]:  # pairs of states (M, ·) and table (V, ·), whose products add up to the logits
+    "What the states are compared with: ids, and contexts where they are tied too."
+    table = self.output_embedding.weight if self.config.output_tie == "none" else e
+    pairs = [(h, table if item_slice == slice(None) else table[item_slice])]  # a slice of all would copy its gradient
+    if self.config.modalities and self.config.output_tie == "item":
+        pairs.append((self.project.back(h), self.context_table.rows[item_slice]))
+    return pairs
+
+
+@patch
+def scorer(self: FlareModel, batch: Batch) -> Callable[[slice], Tensor]:  # from a slice of the catalogue to logits (M, items in the slice)
+    "What scores a batch, piece by piece of the catalogue; the states at the masks are made once."
+    (e, x), (c, _) = self.ids(batch), self.contexts(batch)
+    h = self.encode(batch, x, c)
+
+    def score(item_slice: slice) -> Tensor:
+        "One piece."
+        (states, table), *others = self.logits(h, e, item_slice)
+        logits = F.linear(states, table, None if self.output_bias is None else self.output_bias[item_slice])
+        for states, table in others: logits = logits.addmm_(states, table.T)
+        return logits
+
+    return score
+
+
+@patch
+def score(self: FlareModel, batch: Batch, item_slice: slice = slice(None)) -> Tensor:  # (M, items in the slice)
+    "Logits of the catalogue, or a slice of it, at each mask."
+    return self.scorer(batch)(item_slice)
+
+# %% ../nbs/09_models.ipynb #dc499335
+@patch
+def of_items(
+    self: FlareModel,
+    batch: Batch,
+    fresh: Tensor,  # (F, ...) of the contexts that were read
+) -> tuple[Tensor, Tensor]:  # items (n,), and theirs (n, ...)
+    "Which of the contexts that were read are those of an item as such, without a critique."
+    contexts = batch.contexts[batch.read]
+    plain = (contexts[:, 0] < self.config.n_items) & (contexts[:, 1:] < 0).all(1)
+    return contexts[plain, 0], fresh[plain]
+
+
+@patch
+def loss(self: FlareModel, batch: Batch) -> dict[str, tuple[Tensor, int]]:
+    "The masked-item loss, eq. (1), and with texts the contrastive loss, eq. (2), times alpha; as (sum, count)."
+    (c, read), e, losses = self.contexts(batch), self.item_embedding.weight, {}
+    if read is not None:
+        items, fresh = self.of_items(batch, read)
+        if self.training: self.context_table.put(items, fresh)
+        said = self.of_items(batch, batch.counts)[1].sum(1) > 0
+        if self.config.alpha and said.any():
+            e, own = self.rows(e, items[said])
+            total, count = contrastive_loss(own, self.project(fresh[said]), self.config.temperature, self.config.margin)
+            losses["contrastive"] = self.config.alpha * total, count
+    e, x = self.ids(batch, e)
+    pairs = self.logits(self.encode(batch, x, c), e)
+    if self.training and self.config.rivals:
+        rivals = torch.randint(self.config.n_items, (self.config.rivals,), device=e.device)
+        return losses | {"mlm": sampled_item_loss(pairs, batch.targets, rivals, bias=self.output_bias, sparse=bool(self.sparse_weights()))}
+    return losses | {"mlm": masked_item_loss(pairs, batch.targets, self.output_bias)}
+
+# %% ../nbs/09_models.ipynb #7fba9d67
+@patch
+@torch.no_grad()
+def whiten(
+    self: FlareModel,
+    chunks: Iterable[tuple[Tensor, Tensor, Tensor]],  # items, token states and counts of the catalogue, piece by piece
+):
+    "Let the reader start from what sets the texts of a catalogue apart; to be called once, before training."
+    n, total, square = 0, 0.0, 0.0
+    for _, states, counts in chunks:
+        x = pool(states.to(self.device), counts.to(self.device), self.reader.which)[counts > 0].double()  # (texts, width)
+        n, total, square = n + len(x), total + x.sum(0), square + x.T @ x
+    mean = total / n
+    self.reader.whiten(mean.float(), (square / n - mean.outer(mean)).float())
+
+
+@patch
+@torch.no_grad()
+def refresh(
+    self: FlareModel,
+    chunks: Iterable[tuple[Tensor, Tensor, Tensor]],  # items, token states and counts of the catalogue, piece by piece
+):
+    "Make the context table exact; to be called in evaluation mode."
+    for items, states, counts in chunks:
+        self.context_table.put(items.to(self.device), self.read(states.to(self.device), counts[:, None].to(self.device)))
