@@ -16,6 +16,7 @@ from itertools import islice
 
 import numpy as np
 import pandas as pd
+from fastcore.basics import patch
 from torch import Tensor, nn
 
 from .baselines.popularity import Popularity
@@ -27,7 +28,7 @@ from .models import FlareModel
 from .sequences import Catalogue, Dataset, Holdout, Sequences, Split
 from .text import Encoder, TextConfig
 
-# %% ../nbs/16_hearing.ipynb #1fff8270
+# %% ../nbs/16_hearing.ipynb #793f5bd1
 STRENGTHS = (0.25, 0.5, 1.0, 1.5, 2.0, 3.0, 5.0, 10.0)  # that are tried
 Answer = tuple[Callable[[float], nn.Module], np.ndarray, Critiques | None]  # the model at a strength, what each user asks for, and the strings where the model reads them
 
@@ -51,7 +52,7 @@ class Remembering(nn.Module):
             self.kept[key] = self.model.scorer(batch)
         return self.kept[key]
 
-
+# %% ../nbs/16_hearing.ipynb #7b4c3286
 def listening_voice(model: FlareModel, listener: Listener, encoder: Encoder) -> Callable[..., Answer]:
     "Somebody who has been taught to listen; takes any number of critiques of each user."
     silent = Remembering(model)
@@ -72,7 +73,7 @@ def hearing_voice(model: FlareModel, reading: TextConfig, masked_text: str) -> C
         return partial(Guided, silent), *spoken([", ".join(filter(None, strings)) for strings in zip(*said)], reading, masked_text)
     return answer
 
-
+# %% ../nbs/16_hearing.ipynb #4cf218ae
 def scores_of(
     rival: nn.Module,
     history: list[int],  # items, oldest first
@@ -85,7 +86,7 @@ def scores_of(
     (batch,) = evaluation_batches(Sequences.from_lists([history]), np.array([-1]), n_items, max_len, critiques=asked, said=said)
     with evaluating(rival): return rival.scorer(batch)(slice(0, n_items))[0].float().cpu()
 
-# %% ../nbs/16_hearing.ipynb #620738c1
+# %% ../nbs/16_hearing.ipynb #f4b7efa8
 SYNONYMS = {"printers": "printing machines", "binders": "ring folders", "pens": "writing instruments", "refills": "replacements", "ink": "colour cartridges",
             "mailers": "padded parcels", "shipping": "postal", "notebooks": "jotters", "pads": "blocks", "labels": "stickers", "stamps": "imprints",
             "markers": "felt tips", "highlighters": "fluorescent pens", "fasteners": "clips", "adhesives": "glue", "staplers": "stapling devices",
@@ -115,7 +116,7 @@ WORDING = {  # of other shops, by the end of the path
     "Accessories - Gaming Mice": "Gamer mouse", "PlayStation 2 - Games": "PS2 classics", "Wii - Games": "Nintendo Wii software", "Nintendo 3DS - Games": "3DS cartridges", "Nintendo DS - Games": "NDS cartridges",
     "Accessories - Gaming Keyboards": "Mechanical keyboards for gamers", "Wii U - Games": "Nintendo WiiU software", "Accessories - Headsets": "Headphones with microphone", "Accessories - Controllers": "Gamepads and joysticks"}
 
-
+# %% ../nbs/16_hearing.ipynb #3c559f08
 def singular(text: str) -> str:
     "Every word in the singular, as far as English is regular."
     endings = {"ies": "y", "sses": "ss", "ches": "ch", "shes": "sh", "xes": "x", "s": ""}
@@ -126,7 +127,7 @@ def synonymous(text: str) -> str:
     "Words of the list replaced."
     return re.sub(r"\w+", lambda word: SYNONYMS.get(word[0].lower(), word[0]), text)
 
-
+# %% ../nbs/16_hearing.ipynb #266606da
 WEAR: dict[str, Callable[[tuple[str, ...], np.random.Generator], str]] = {
     "second level left out": lambda path, rng: BETWEEN.join(path[:1] + path[2:]) if len(path) > 2 else "",
     "levels in another order": lambda path, rng: BETWEEN.join(rng.permutation(path)),
@@ -148,7 +149,7 @@ def wear(
     said = [WEAR[rule](path, rng) for path in categories.paths]
     return categories.spread(["" if text == BETWEEN.join(path) else text for text, path in zip(said, categories.paths)])
 
-# %% ../nbs/16_hearing.ipynb #43051ea2
+# %% ../nbs/16_hearing.ipynb #45a0d760
 RULES = {  # by the first level of the category: what is said, and what an item's text must have
     "Office Products": {"waterproof": r"water[- ]?(?:proof|resist)", "made from recycled material": r"recycl", "for left-handed people": r"left[- ]hand",
                         "for printing photos": r"photo", "something to cut paper with": r"scissor|trimmer|paper cutter|shears", "wireless": r"wireless|wi-?fi|cordless|bluetooth",
@@ -158,7 +159,7 @@ RULES = {  # by the first level of the category: what is said, and what an item'
     "Video Games": {"wireless": r"wireless|bluetooth", "racing cars": r"\brac(?:e|ing)\b", "zombies": r"zombie", "for small children": r"\bkids?\b|child|disney|lego", "football": r"fifa|madden|football|soccer",
                     "charges the batteries": r"charg", "set in the second world war": r"world war|\bwwii\b|call of duty", "dancing": r"danc", "headphones": r"headset|headphone"}}
 
-
+# %% ../nbs/16_hearing.ipynb #e298cb11
 def whole_texts(
     catalogue: Catalogue,
 ) -> pd.Series:  # (items,) lower case
@@ -166,7 +167,7 @@ def whole_texts(
     table = catalogue.table.drop(columns=["item", "category"])
     return table.agg(" ".join, axis=1).str.lower().reset_index(drop=True)
 
-# %% ../nbs/16_hearing.ipynb #f3155745
+# %% ../nbs/16_hearing.ipynb #13aac563
 class HearingTest:
     "Asks a model, and its deaf rivals, for many things. `results` maps each name to its metrics, `ranks` some of them to ranks."
 
@@ -186,152 +187,182 @@ class HearingTest:
         self.results: dict[str, dict[str, float]] = {}
         self.ranks: dict[str, Ranks] = {}
 
-    def judge(self,
-        name: str,  # of the result; "": it is not kept
-        rival: object,
-        asked: np.ndarray | None = None,  # (users,) see `evaluate`
-        said: Critiques | None = None,
-        who: np.ndarray | None = None,  # (users,) bool: those who take part; None: all
-        wanted: np.ndarray | None = None,  # (users, DEPTH) codes of the category that was asked for
-        holdout: Holdout | None = None,  # None: the test users
-    ) -> Ranks:  # with the ten best items of each
-        "Rank, and note how well."
-        holdout = self.test if holdout is None else holdout
-        some = np.flatnonzero(np.ones(len(holdout), bool) if who is None else who)
-        part = Holdout(holdout.users[some], holdout.history.take(some), holdout.targets[some])
-        ranks = evaluate(rival, part, self.split.n_items, self.max_len, top=10, critiques=None if asked is None else asked[some], said=said)
-        if name:
-            self.results[name] = {"users": float(len(some)), **{metric: float(ranks.gains(metric, pessimistic=True).mean()) for metric in METRICS}}
-            if wanted is not None: self.results[name]["cat_ndcg@10"] = float(cat_ndcg(ranks.top, wanted[some], self.codes).mean())
-        return ranks
+# %% ../nbs/16_hearing.ipynb #90f5f90f
+@patch
+def judge(
+    self: HearingTest,
+    name: str,  # of the result; "": it is not kept
+    rival: object,
+    asked: np.ndarray | None = None,  # (users,) see `evaluate`
+    said: Critiques | None = None,
+    who: np.ndarray | None = None,  # (users,) bool: those who take part; None: all
+    wanted: np.ndarray | None = None,  # (users, DEPTH) codes of the category that was asked for
+    holdout: Holdout | None = None,  # None: the test users
+) -> Ranks:  # with the ten best items of each
+    "Rank, and note how well."
+    holdout = self.test if holdout is None else holdout
+    some = np.flatnonzero(np.ones(len(holdout), bool) if who is None else who)
+    part = Holdout(holdout.users[some], holdout.history.take(some), holdout.targets[some])
+    ranks = evaluate(rival, part, self.split.n_items, self.max_len, top=10, critiques=None if asked is None else asked[some], said=said)
+    if name:
+        self.results[name] = {"users": float(len(some)), **{metric: float(ranks.gains(metric, pessimistic=True).mean()) for metric in METRICS}}
+        if wanted is not None: self.results[name]["cat_ndcg@10"] = float(cat_ndcg(ranks.top, wanted[some], self.codes).mean())
+    return ranks
 
-    def of_targets(self,
-        strings: list[str],  # (items,)
-        holdout: Holdout | None = None,  # None: the test users
-    ) -> list[str]:  # (users,)
-        "What fits what each user takes next."
-        return [strings[target] for target in (self.test if holdout is None else holdout).targets]
 
-    def filters(self,
-        strings: list[str],  # (users,)
-        how: str = "exact",  # see `matching`
-        depth: int | None = None,
-    ) -> tuple[dict[str, Filtered], np.ndarray]:  # the rivals, and what each user asks of them
-        "The two rivals that filter."
-        asked, distinct = each_once(strings)
-        allowed = matching(distinct, self.dataset.catalogue, how, depth)
-        return {"filter, popularity": Filtered(self.popular, allowed), "filter, silent": Filtered(self.silent, allowed)}, asked
+@patch
+def of_targets(
+    self: HearingTest,
+    strings: list[str],  # (items,)
+    holdout: Holdout | None = None,  # None: the test users
+) -> list[str]:  # (users,)
+    "What fits what each user takes next."
+    return [strings[target] for target in (self.test if holdout is None else holdout).targets]
 
-    def choose(self, form: str):
-        "The best of STRENGTHS for a form of critique, on validation; of equals the one nearest to 1, and 1 where nobody there can say it."
-        strings, found = self.of_targets(FORMS[form](self.dataset.catalogue, 0), self.validation), {1.0: 0.0}
-        at, asked, said = self.voice(strings)
-        for strength in STRENGTHS if (asked >= 0).any() else ():
-            ranks = self.judge("", at(strength), asked, said, asked >= 0, holdout=self.validation)
-            found[strength] = float(ranks.gains("ndcg@10", pessimistic=True).mean())
-        self.results[f"{form}|chosen on validation"] = {"strength": max(found, key=lambda strength: (found[strength], -abs(np.log(strength))))}
+# %% ../nbs/16_hearing.ipynb #a973c64b
+@patch
+def filters(
+    self: HearingTest,
+    strings: list[str],  # (users,)
+    how: str = "exact",  # see `matching`
+    depth: int | None = None,
+) -> tuple[dict[str, Filtered], np.ndarray]:  # the rivals, and what each user asks of them
+    "The two rivals that filter."
+    asked, distinct = each_once(strings)
+    allowed = matching(distinct, self.dataset.catalogue, how, depth)
+    return {"filter, popularity": Filtered(self.popular, allowed), "filter, silent": Filtered(self.silent, allowed)}, asked
 
-    def compare(self,
-        said: str,  # name of what is said
-        strings: list[str],  # (users,)
-        wanted: np.ndarray,  # (users, DEPTH) codes of the category that is asked for
-        depth: int,  # levels of it
-    ) -> dict[str, Ranks]:  # by name of the result
-        "All rivals, and the model at all strengths."
-        rivals, asked = self.filters(strings, depth=depth)
-        at, heard, read = self.voice(strings)
-        answers = {"silent": (self.silent, None, None), **{rival: (model, asked, None) for rival, model in rivals.items()},
-                   **{f"listens {strength:g}": (at(strength), heard, read) for strength in STRENGTHS}}
-        return {f"{said}|{name}": self.judge(f"{said}|{name}", *answer, asked >= 0, wanted) for name, answer in answers.items()}
+# %% ../nbs/16_hearing.ipynb #48d7b103
+@patch
+def choose(self: HearingTest, form: str):
+    "The best of STRENGTHS for a form of critique, on validation; of equals the one nearest to 1, and 1 where nobody there can say it."
+    strings, found = self.of_targets(FORMS[form](self.dataset.catalogue, 0), self.validation), {1.0: 0.0}
+    at, asked, said = self.voice(strings)
+    for strength in STRENGTHS if (asked >= 0).any() else ():
+        ranks = self.judge("", at(strength), asked, said, asked >= 0, holdout=self.validation)
+        found[strength] = float(ranks.gains("ndcg@10", pessimistic=True).mean())
+    self.results[f"{form}|chosen on validation"] = {"strength": max(found, key=lambda strength: (found[strength], -abs(np.log(strength))))}
 
-    def exact(self):
-        "Table 4 and the curve of strength: asked for what comes next, in the catalogue's words."
-        for form, depth in (("precise", DEPTH), ("broad", 2)):
-            wanted, strings = self.codes[self.test.targets].copy(), self.of_targets(FORMS[form](self.dataset.catalogue, 0))
-            if not any(strings): continue
-            wanted[:, depth:] = -1
-            self.choose(form)
-            self.ranks |= self.compare(form, strings, wanted, depth)
 
-    def elsewhere(self, seed: int = 0):
-        "Table 5: asked for another category, the same above a level."
-        categories, rng = Categories.of(self.dataset.catalogue), np.random.default_rng(seed)
-        paths = [BETWEEN.join(path) for path in categories.paths]
-        for level in (4, 3, 2):
-            other = mutate(categories.of_items[self.test.targets], categories, level, rng)
-            who, wanted = other >= 0, categories.codes[other]
-            if not who.any(): continue
-            self.compare(f"level {level}", categories.spread(paths, other), wanted, DEPTH)
-            lists = rng.integers(self.split.n_items, size=(who.sum(), 10))
-            self.results[f"level {level}|random list"] = {"users": float(who.sum()), "cat_ndcg@10": float(cat_ndcg(lists, wanted[who], self.codes).mean())}
+@patch
+def compare(
+    self: HearingTest,
+    said: str,  # name of what is said
+    strings: list[str],  # (users,)
+    wanted: np.ndarray,  # (users, DEPTH) codes of the category that is asked for
+    depth: int,  # levels of it
+) -> dict[str, Ranks]:  # by name of the result
+    "All rivals, and the model at all strengths."
+    rivals, asked = self.filters(strings, depth=depth)
+    at, heard, read = self.voice(strings)
+    answers = {"silent": (self.silent, None, None), **{rival: (model, asked, None) for rival, model in rivals.items()},
+               **{f"listens {strength:g}": (at(strength), heard, read) for strength in STRENGTHS}}
+    return {f"{said}|{name}": self.judge(f"{said}|{name}", *answer, asked >= 0, wanted) for name, answer in answers.items()}
 
-    def worn(self, seed: int = 0):
-        "The curve of wear: the same wish, said worse and worse."
-        for rule in WEAR:
-            strings = self.of_targets(wear(self.dataset.catalogue, rule, seed))
-            at, asked, read = self.voice(strings)
-            if not (who := asked >= 0).any(): continue
-            self.judge(f"{rule}|listens", at(1.0), asked, read, who)
-            self.judge(f"{rule}|silent", self.silent, who=who)
-            for how in ("exact", "bm25"):
-                rivals, asked = self.filters(strings, how)
-                for rival, model in rivals.items(): self.judge(f"{rule}|{how} {rival}", model, asked, None, who)
 
-    def unheard_of(self, users: int = 500):
-        "Free text: how much of a list meets the rule, and what it is worth to users whose next item does."
-        roots = pd.Series([path[0] for path in self.dataset.catalogue.table["category"] if path])
-        rules = RULES.get(roots.mode().iloc[0], {}) if len(roots) else {}
-        texts, some = whole_texts(self.dataset.catalogue), np.arange(len(self.test)) < users
-        for said, rule in rules.items():
-            meets = texts.str.contains(rule).to_numpy()
-            wanting = np.flatnonzero(meets[self.test.targets])[:users]
-            wants = np.isin(np.arange(len(self.test)), wanting)
-            at, asked, read = self.voice([said] * len(self.test))
-            for name, answer in {"listens": (at(1.0), asked, read), "silent": (self.silent, None, None)}.items():
-                self.results[f"{said}|{name}"] = {"items": float(meets.mean()), "share@10": float(meets[self.judge("", *answer, some).top].mean())}
-                if wants.any():
-                    ranks = self.judge("", *answer, wants)
-                    self.results[f"{said}|{name}"] |= {"users": float(len(wanting)), "recall@10": float(ranks.gains("recall@10", pessimistic=True).mean())}
+@patch
+def exact(self: HearingTest):
+    "Table 4 and the curve of strength: asked for what comes next, in the catalogue's words."
+    for form, depth in (("precise", DEPTH), ("broad", 2)):
+        wanted, strings = self.codes[self.test.targets].copy(), self.of_targets(FORMS[form](self.dataset.catalogue, 0))
+        if not any(strings): continue
+        wanted[:, depth:] = -1
+        self.choose(form)
+        self.ranks |= self.compare(form, strings, wanted, depth)
 
-    def twice(self):
-        "Two critiques at once: a brand, or words of the title, and the last level of the category."
-        catalogue = self.dataset.catalogue
-        second = "brand" if "brand" in catalogue.table else "words"
-        first, second = (self.of_targets(FORMS[form](catalogue, 1000)) for form in ("leaf", second))
-        who = np.array([bool(a and b) for a, b in zip(first, second)])
-        if not who.any(): return
-        for name, said in {"last level": (first,), "brand or words": (second,), "both at once": (first, second)}.items():
-            at, asked, read = self.voice(*said)
-            self.judge(f"{name}|listens", at(1.0), asked, read, who)
+# %% ../nbs/16_hearing.ipynb #b7a196c0
+@patch
+def elsewhere(self: HearingTest, seed: int = 0):
+    "Table 5: asked for another category, the same above a level."
+    categories, rng = Categories.of(self.dataset.catalogue), np.random.default_rng(seed)
+    paths = [BETWEEN.join(path) for path in categories.paths]
+    for level in (4, 3, 2):
+        other = mutate(categories.of_items[self.test.targets], categories, level, rng)
+        who, wanted = other >= 0, categories.codes[other]
+        if not who.any(): continue
+        self.compare(f"level {level}", categories.spread(paths, other), wanted, DEPTH)
+        lists = rng.integers(self.split.n_items, size=(who.sum(), 10))
+        self.results[f"level {level}|random list"] = {"users": float(who.sum()), "cat_ndcg@10": float(cat_ndcg(lists, wanted[who], self.codes).mean())}
 
-    def latency(self, repeats: int = 50) -> dict[str, float]:
-        "Milliseconds from a typed critique to a list of ten, a history of ten items, everything loaded."
-        names, lengths, taken = each_once(FORMS["leaf"](self.dataset.catalogue, 0))[1] or ["anything"], self.test.history.lengths, []
-        histories = self.test.history.take(lengths >= min(10, lengths.max())).tail(10)
-        for i in range(min(repeats, len(histories))):  # nobody twice
-            start = time.perf_counter()
-            at, asked, said = self.voice([names[i % len(names)]])
-            scores_of(at(1.0), histories[i], self.split.n_items, self.max_len, asked, said).topk(10)
-            taken.append(1000 * (time.perf_counter() - start))
-        return {"told_median_ms": float(np.median(taken)), "told_worst_ms": max(taken)}
+# %% ../nbs/16_hearing.ipynb #ac8ca396
+@patch
+def worn(self: HearingTest, seed: int = 0):
+    "The curve of wear: the same wish, said worse and worse."
+    for rule in WEAR:
+        strings = self.of_targets(wear(self.dataset.catalogue, rule, seed))
+        at, asked, read = self.voice(strings)
+        if not (who := asked >= 0).any(): continue
+        self.judge(f"{rule}|listens", at(1.0), asked, read, who)
+        self.judge(f"{rule}|silent", self.silent, who=who)
+        for how in ("exact", "bm25"):
+            rivals, asked = self.filters(strings, how)
+            for rival, model in rivals.items(): self.judge(f"{rule}|{how} {rival}", model, asked, None, who)
 
-    def run(self) -> "HearingTest":
-        "All that gives the same answers every time, or what of it can be tested where no item has a category."
-        self.ranks["nothing|silent"] = self.judge("nothing|silent", self.silent)
-        if self.dataset.catalogue.has_category.any(): self.exact(), self.elsewhere(), self.worn(), self.twice()
-        self.unheard_of()
-        return self
+# %% ../nbs/16_hearing.ipynb #148fea23
+@patch
+def unheard_of(self: HearingTest, users: int = 500):
+    "Free text: how much of a list meets the rule, and what it is worth to users whose next item does."
+    roots = pd.Series([path[0] for path in self.dataset.catalogue.table["category"] if path])
+    rules = RULES.get(roots.mode().iloc[0], {}) if len(roots) else {}
+    texts, some = whole_texts(self.dataset.catalogue), np.arange(len(self.test)) < users
+    for said, rule in rules.items():
+        meets = texts.str.contains(rule).to_numpy()
+        wanting = np.flatnonzero(meets[self.test.targets])[:users]
+        wants = np.isin(np.arange(len(self.test)), wanting)
+        at, asked, read = self.voice([said] * len(self.test))
+        for name, answer in {"listens": (at(1.0), asked, read), "silent": (self.silent, None, None)}.items():
+            self.results[f"{said}|{name}"] = {"items": float(meets.mean()), "share@10": float(meets[self.judge("", *answer, some).top].mean())}
+            if wants.any():
+                ranks = self.judge("", *answer, wants)
+                self.results[f"{said}|{name}"] |= {"users": float(len(wanting)), "recall@10": float(ranks.gains("recall@10", pessimistic=True).mean())}
 
-    def to_parquet(self) -> bytes:
-        "The pessimistic ranks behind table 4, a column each; 0 for users who could not say anything."
-        columns = {"user": self.test.users}
-        for name, ranks in self.ranks.items():
-            column = np.zeros(len(self.test), np.int32)
-            column[np.searchsorted(self.test.users, ranks.users)] = ranks.pessimistic
-            columns[name] = column
-        buffer = BytesIO()
-        pd.DataFrame(columns).to_parquet(buffer, compression="zstd", index=False)
-        return buffer.getvalue()
+
+@patch
+def twice(self: HearingTest):
+    "Two critiques at once: a brand, or words of the title, and the last level of the category."
+    catalogue = self.dataset.catalogue
+    second = "brand" if "brand" in catalogue.table else "words"
+    first, second = (self.of_targets(FORMS[form](catalogue, 1000)) for form in ("leaf", second))
+    who = np.array([bool(a and b) for a, b in zip(first, second)])
+    if not who.any(): return
+    for name, said in {"last level": (first,), "brand or words": (second,), "both at once": (first, second)}.items():
+        at, asked, read = self.voice(*said)
+        self.judge(f"{name}|listens", at(1.0), asked, read, who)
+
+# %% ../nbs/16_hearing.ipynb #80b5e949
+@patch
+def latency(self: HearingTest, repeats: int = 50) -> dict[str, float]:
+    "Milliseconds from a typed critique to a list of ten, a history of ten items, everything loaded."
+    names, lengths, taken = each_once(FORMS["leaf"](self.dataset.catalogue, 0))[1] or ["anything"], self.test.history.lengths, []
+    histories = self.test.history.take(lengths >= min(10, lengths.max())).tail(10)
+    for i in range(min(repeats, len(histories))):  # nobody twice
+        start = time.perf_counter()
+        at, asked, said = self.voice([names[i % len(names)]])
+        scores_of(at(1.0), histories[i], self.split.n_items, self.max_len, asked, said).topk(10)
+        taken.append(1000 * (time.perf_counter() - start))
+    return {"told_median_ms": float(np.median(taken)), "told_worst_ms": max(taken)}
+
+# %% ../nbs/16_hearing.ipynb #332169e1
+@patch
+def run(self: HearingTest) -> "HearingTest":
+    "All that gives the same answers every time, or what of it can be tested where no item has a category."
+    self.ranks["nothing|silent"] = self.judge("nothing|silent", self.silent)
+    if self.dataset.catalogue.has_category.any(): self.exact(), self.elsewhere(), self.worn(), self.twice()
+    self.unheard_of()
+    return self
+
+
+@patch
+def to_parquet(self: HearingTest) -> bytes:
+    "The pessimistic ranks behind table 4, a column each; 0 for users who could not say anything."
+    columns = {"user": self.test.users}
+    for name, ranks in self.ranks.items():
+        column = np.zeros(len(self.test), np.int32)
+        column[np.searchsorted(self.test.users, ranks.users)] = ranks.pessimistic
+        columns[name] = column
+    buffer = BytesIO()
+    pd.DataFrame(columns).to_parquet(buffer, compression="zstd", index=False)
+    return buffer.getvalue()
 
 # %% ../nbs/16_hearing.ipynb #ea09a20e
 def traces(
