@@ -24,7 +24,7 @@ from .masking import Batch, Critiques
 from .sequences import Catalogue
 from .text import TextConfig, token_states
 
-# %% ../nbs/14_critiquing.ipynb #44fb422f
+# %% ../nbs/14_critiquing.ipynb #85be65eb
 DEPTH = 4  # levels of a precise critique
 BETWEEN = " - "  # levels, in a string
 
@@ -51,7 +51,7 @@ class Categories(NamedTuple):
         "A string for each, \"\" for who has no category."
         return np.array([*strings, ""], object)[self.of_items if chosen is None else chosen].tolist()
 
-
+# %% ../nbs/14_critiquing.ipynb #9a80f69b
 def whole(catalogue: Catalogue, version: int, depth: int) -> list[str]:
     "The first levels."
     return catalogue.category_path(depth)
@@ -77,7 +77,7 @@ def named(catalogue: Catalogue, version: int, field: str) -> list[str]:
     "A field of the catalogue, nothing where it has none of that name."
     return list(catalogue.table[field]) if field in catalogue.table else [""] * len(catalogue)
 
-
+# %% ../nbs/14_critiquing.ipynb #1b9e3ee7
 def misspelt(
     text: str,
     rng: np.random.Generator,
@@ -101,7 +101,7 @@ def worn(catalogue: Catalogue, version: int) -> list[str]:
         said.append(text.lower().replace(BETWEEN, " ") if rng.random() < 0.3 else text)
     return categories.spread(said)
 
-
+# %% ../nbs/14_critiquing.ipynb #812c9e96
 FORMS = {"precise": partial(whole, depth=DEPTH), "broad": partial(whole, depth=2), "leaf": partial(ending, levels=1), "inner": partial(ending, levels=2),
          "brand": partial(named, field="brand"), "words": words, "worn": worn}  # from a catalogue and a version to (items,) strings, "" where there is none
 
@@ -113,7 +113,7 @@ def form_of(
     if name not in FORMS: raise ValueError(f"there is no form of critique {name}; choose among {', '.join(FORMS)}")
     return FORMS[name]
 
-
+# %% ../nbs/14_critiquing.ipynb #d1c99b6f
 def each_once(
     strings: Iterable[str],  # (n,) what each user says, "" or white space for nothing
 ) -> tuple[np.ndarray, list[str]]:  # (n,) place of each among the distinct ones, -1 where nothing is said; and these
@@ -133,7 +133,7 @@ def spoken(
     asked, distinct = each_once(strings)
     return asked, Critiques(token_states(distinct, config, progress=progress), np.full((0, 1), -1), masked_text=masked_text) if distinct else None
 
-
+# %% ../nbs/14_critiquing.ipynb #7a4d1458
 @dataclass(frozen=True)
 class CritiqueConfig:
     "What is said in training, to a model that hears it at the mask. Raises ValueError on values that make no sense."
@@ -148,7 +148,7 @@ class CritiqueConfig:
         if self.masked_text not in ("embedding", "drop"):
             raise ValueError(f"CritiqueConfig.masked_text is {self.masked_text!r}; choose one of ('embedding', 'drop')")
 
-
+# %% ../nbs/14_critiquing.ipynb #9109a30e
 def critiques_of(
     catalogue: Catalogue,
     config: CritiqueConfig,
@@ -190,7 +190,7 @@ def mutate(
     able = (wanted >= 0) & (own[wanted] >= 0) & (others > 0)
     return np.append(valid, -1)[np.where(able, at, -1)]
 
-# %% ../nbs/14_critiquing.ipynb #d5f878c9
+# %% ../nbs/14_critiquing.ipynb #a04bdb4c
 def silenced(
     batch: Batch,
 ) -> Batch:
@@ -199,7 +199,7 @@ def silenced(
     contexts[:, 1:] = -1
     return replace(batch, contexts=contexts, read=None, states=None, counts=None)
 
-
+# %% ../nbs/14_critiquing.ipynb #06735cd3
 def checked_strength(
     strength: float,
 ) -> float:
@@ -229,7 +229,7 @@ class Guided(nn.Module):
 
         return score
 
-
+# %% ../nbs/14_critiquing.ipynb #d321bf1c
 class Filtered(nn.Module):
     "Any model, with the items that a critique's filter lets through before all others."
 
@@ -254,7 +254,7 @@ class Filtered(nn.Module):
 
         return filtered
 
-
+# %% ../nbs/14_critiquing.ipynb #335b67dd
 def matching(
     strings: list[str],  # (Q,) critiques
     catalogue: Catalogue,
