@@ -24,7 +24,7 @@ from .models import FlareModel
 from .sequences import Catalogue
 from .text import Encoder
 
-# %% ../nbs/15_listening.ipynb #7d1cdd8d
+# %% ../nbs/15_listening.ipynb #f73fa6a5
 @dataclass(frozen=True)
 class ListenConfig:
     "What a listener hears while it learns, and how it does. Raises ValueError on values that make no sense."
@@ -48,7 +48,7 @@ class ListenConfig:
         if not self.listener_forms: raise ValueError(f"ListenConfig.listener_forms is empty; choose among {', '.join(FORMS)}")
         for form in self.listener_forms: form_of(form)
 
-
+# %% ../nbs/15_listening.ipynb #22ab1c0d
 class Tower(nn.Module):
     "A linear map and two layers beside it, normed."
 
@@ -67,7 +67,7 @@ class Tower(nn.Module):
         "Vectors to be compared."
         return self.norm(self.straight(x) + self.bent(x))
 
-
+# %% ../nbs/15_listening.ipynb #1627ad20
 class Listener(nn.Module):
     "How well a critique fits an item."
 
@@ -118,7 +118,7 @@ class Listener(nn.Module):
         wrong = math.log(self.slips) + (guess - usual).clamp(max=0)  # the more alike, the sooner
         return torch.where(known[:, None] < 0, guess, torch.where((times > 0)[place], times.log()[place], wrong))
 
-# %% ../nbs/15_listening.ipynb #cdbaa3c7
+# %% ../nbs/15_listening.ipynb #55faee90
 VARIED = ("words", "worn")  # forms of critique that are other strings in every version
 
 
@@ -141,7 +141,7 @@ def read_strings(
             read[some] = model.read(encoder.states([tokens[i] for i in some]).to(model.device), counts[:, None]).float()
     return read[place]
 
-
+# %% ../nbs/15_listening.ipynb #04a5b940
 def sayings(
     catalogue: Catalogue,
     config: ListenConfig,
@@ -156,7 +156,7 @@ def sayings(
     if not spoken.any(): raise ValueError(f"nothing can be said about these items: they have no {', '.join(config.listener_forms)}")
     return distinct, codes[spoken], np.array([config.listener_forms.index(form) for form, _ in columns])[spoken]
 
-
+# %% ../nbs/15_listening.ipynb #1a013a1d
 def own_words(
     catalogue: Catalogue,
 ) -> tuple[list[str], np.ndarray, np.ndarray]:  # distinct strings (Q,); codes (ways, V) of what each item is called, -1 for none; and (ways,) bool: those that may name something above it
@@ -170,6 +170,8 @@ def own_words(
     return distinct, codes.reshape(len(ways), -1), np.arange(len(ways)) >= len(ways) - len(above)
 
 
+
+# %% ../nbs/15_listening.ipynb #f92b431e
 def teach(
     model: FlareModel,  # trained, with an exact context table; it is not changed
     catalogue: Catalogue,
@@ -208,7 +210,7 @@ def teach(
     listener.remember(*own_words(catalogue))
     return listener.eval()
 
-# %% ../nbs/15_listening.ipynb #d8d61fd5
+# %% ../nbs/15_listening.ipynb #4ddcbf02
 class Wishes(NamedTuple):
     "What is asked for, by critiques that were understood."
     vectors: Tensor  # (Q, width) see `Listener.wishes`
@@ -229,7 +231,7 @@ def hear(
     known = torch.tensor([listener.known.get(string.casefold(), -1) for string in distinct], device=vectors.device)
     return asked, Wishes(vectors, known, torch.arange(len(distinct), device=vectors.device)[:, None])
 
-
+# %% ../nbs/15_listening.ipynb #0c9388b2
 def together(
     *said: tuple[np.ndarray, Wishes],  # from `hear`, of the same users
 ) -> tuple[np.ndarray, Wishes]:  # the same, of all they say
@@ -240,7 +242,7 @@ def together(
     vectors, known = torch.cat([wishes.vectors for wishes in heard]), torch.cat([wishes.known for wishes in heard])
     return np.where((codes < 0).all(0)[asked.reshape(-1)], -1, asked.reshape(-1)), Wishes(vectors, known, torch.from_numpy(codes.T.copy()).to(known))
 
-
+# %% ../nbs/15_listening.ipynb #3be905f8
 class Listening(nn.Module):
     "A model and how well each item fits what is asked for. Raises ValueError on a strength that is no number of a reasonable size."
 
