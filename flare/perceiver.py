@@ -47,7 +47,7 @@ def in_buckets(
     found = torch.cat(found)[: len(order)]
     return found.new_zeros(len(counts), *found.shape[1:]).index_copy(0, order, found)
 
-# %% ../nbs/07_perceiver.ipynb #ed632c42
+# %% ../nbs/07_perceiver.ipynb #442a1213
 class CrossAttention(nn.Module):
     "Latents look at tokens: multi-head attention whose keys and values are the tokens of a text."
 
@@ -110,7 +110,7 @@ class CrossAttention(nn.Module):
         seen = torch.einsum("chkw,hsw->ckhs", pooled, value.to(pooled.dtype)) + self.value.bias.view(self.heads, -1)  # (C, K, H, s / H)
         return self.out(seen.flatten(2))
 
-
+# %% ../nbs/07_perceiver.ipynb #b21e45bf
 def shares_of(
     u: Tensor,  # (H * K, w) folded queries
     tokens: Tensor,  # (B, L, w)
@@ -119,7 +119,7 @@ def shares_of(
     "Folded queries against raw tokens."
     return (tokens @ u.T).transpose(1, 2).masked_fill(absent[:, None], -math.inf).softmax(-1)
 
-# %% ../nbs/07_perceiver.ipynb #e75df9c7
+# %% ../nbs/07_perceiver.ipynb #d01a9baf
 def whitening(
     mean: Tensor,  # (w,) of some vectors
     covariance: Tensor,  # (w, w)
@@ -131,7 +131,7 @@ def whitening(
     matrix = (directions * (variance + floor * variance.mean() + 1e-6).rsqrt()).T.flip(0)  # 1e-6: where all texts are alike
     return matrix.to(mean.dtype), -(matrix @ mean.double()).to(mean.dtype)
 
-
+# %% ../nbs/07_perceiver.ipynb #c68b8e04
 class Look(nn.Module):
     "A cross-attention and a feed-forward block, with their residuals."
 
@@ -159,7 +159,7 @@ class Look(nn.Module):
         latents = latents + seen
         return latents + self.feed_forward(latents)
 
-
+# %% ../nbs/07_perceiver.ipynb #0f800e22
 class Perceiver(nn.Module):
     "Jaegle et al. 2021, over frozen token states: K latents read a text and become one vector."
     which = "mean"  # of the tokens: where it starts
@@ -220,7 +220,7 @@ class Perceiver(nn.Module):
         x = self.norm(x[:texts])
         return x.flatten(1) if self.combine == "concat" else x.mean(1)
 
-# %% ../nbs/07_perceiver.ipynb #a4e7fdab
+# %% ../nbs/07_perceiver.ipynb #1163edd5
 def pool(
     states: Tensor,  # (T, w) token states, one text after the other
     counts: Tensor,  # (C,) int64 tokens of each text; what comes out for a text without tokens means nothing
@@ -235,7 +235,7 @@ def pool(
     at = ends - counts if which == "first" else ends - 1
     return states[at.clamp(0, len(states) - 1)].float()
 
-
+# %% ../nbs/07_perceiver.ipynb #2bfadbe2
 class Pooling(nn.Module):
     "One of the states of a text, or their mean; whitened if told so."
 
