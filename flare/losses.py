@@ -21,7 +21,7 @@ from torch.distributed.tensor import DTensor
 from .layers import compute_dtype, in_round
 from .parallel import GatherRows, Team, first_row, gather_rows
 
-# %% ../nbs/08_losses.ipynb #bc6081f9
+# %% ../nbs/08_losses.ipynb #0fafddcd
 LOG2E = math.log2(math.e)
 
 def side_by_side(
@@ -33,7 +33,7 @@ def side_by_side(
     rows = [table[items].to(dtype) for table in tables]
     return torch.cat(rows, 1) if len(rows) > 1 else rows[0]
 
-
+# %% ../nbs/08_losses.ipynb #1f0844e0
 def chunk_weights(
     states: Tensor,  # (M, d) times log2(e)
     table: Tensor,  # (items, d) the rows of a chunk, in the type of the states
@@ -46,7 +46,7 @@ def chunk_weights(
     logits = logits.float() / LOG2E
     return logits.softmax(1).to(states.dtype), logits.logsumexp(1)
 
-
+# %% ../nbs/08_losses.ipynb #333d8819
 class LinearCrossEntropy(torch.autograd.Function):
     "Sum of the cross-entropies of products with tables, a chunk of the catalogue at a time; the first chunks are kept for the way back."
 
@@ -117,7 +117,7 @@ class LinearCrossEntropy(torch.autograd.Function):
         return None, of_bias, None, None, None, None, *(g for state, of_state, wants in zip(states, of_states, learned)
                                                         for g in (of_state.to(state.dtype), next(of_tables) if wants else None))
 
-
+# %% ../nbs/08_losses.ipynb #69fecbbc
 def all_rows(
     pairs: list[tuple[Tensor, Tensor]],  # states (M, d) and table (V, d), the first of which is a DTensor, sharded by rows
     targets: Tensor,  # (M,)
@@ -131,7 +131,7 @@ def all_rows(
     pairs = [(GatherRows.apply(hidden.contiguous(), sizes), table.to_local() if isinstance(table, DTensor) else table[ours]) for hidden, table in pairs]
     return pairs, gather_rows(targets, sizes) - first, None if bias is None else bias.to_local(), slice(before, before + len(targets))
 
-
+# %% ../nbs/08_losses.ipynb #760ed013
 @cache
 def cut_kernel() -> Callable | None:  # None where it is not installed
     "The kernel of Cut Your Losses (Wijmans et al., 2024) for GPUs, from the package cut-cross-entropy."
@@ -154,7 +154,7 @@ def cut_cross_entropy(
     states, table = (F.pad(x, (0, -x.shape[1] % 16)) for x in both)  # in whole blocks
     return kernel(states, table, targets, reduction="sum", filter_eps=None).float()  # None: no gradient is left out
 
-
+# %% ../nbs/08_losses.ipynb #87f10f97
 def masked_item_loss(
     pairs: list[tuple[Tensor, Tensor]],  # states at the masked positions (M, d) and table (V, d), whose products add up
     targets: Tensor,  # (M,) int64 the hidden items, each in 0..V-1
