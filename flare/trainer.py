@@ -108,7 +108,7 @@ class Progress:
     eval_seconds: float = 0.0
     history: list[dict] = field(default_factory=list)  # one row an epoch: epoch, step, loss and validation metrics
 
-# %% ../nbs/11_trainer.ipynb #56c4766a
+# %% ../nbs/11_trainer.ipynb #b2dccdd2
 def match_model(
     model: nn.Module,
     split: Split,
@@ -133,7 +133,7 @@ def match_model(
     if text is not None and len(text) != split.n_items:
         raise ValueError(f"there are texts of {len(text)} items and {split.n_items} items: give one each, \"\" where there is none")
 
-
+# %% ../nbs/11_trainer.ipynb #22ccf96a
 class Trainer:
     "Trains any model that has `loss(batch)` and `score(batch, item_slice)`; `fit` runs or resumes it."
 
@@ -208,13 +208,14 @@ def step(self: Trainer,
     at.step, at.loss_sum, at.loss_steps = at.step + 1, at.loss_sum + value, at.loss_steps + 1
     return value
 
-# %% ../nbs/11_trainer.ipynb #995be000
+# %% ../nbs/11_trainer.ipynb #f9402796
 @patch
 def refresh(self: Trainer):
     "Make the model's context table exact, if it reads texts."
     if self.text is None: return
     with evaluating(self.model): self.model.refresh(self.text.chunks())
 
+# %% ../nbs/11_trainer.ipynb #4985f458
 @patch
 def rank(self: Trainer,
     holdout: Holdout,
@@ -229,6 +230,7 @@ def rank(self: Trainer,
         ranks[:, i :: self.team.size] = rank, pessimistic
     return Ranks(holdout.users, *ranks)
 
+# %% ../nbs/11_trainer.ipynb #968d83e1
 @patch
 def validate(self: Trainer) -> Ranks:
     "Ranks of the validation targets; the weights are remembered if they are the best so far."
@@ -240,6 +242,7 @@ def validate(self: Trainer) -> Ranks:
     self.at.eval_seconds += time.perf_counter() - start
     return ranks
 
+# %% ../nbs/11_trainer.ipynb #3acc8827
 @patch
 def close_epoch(self: Trainer):
     "Count the epoch, validate if it is time, and add a row to the history."
@@ -250,12 +253,13 @@ def close_epoch(self: Trainer):
     if at.epoch % self.config.evaluate_every == 0 or at.epoch == self.config.epochs: row |= self.validate().metrics()
     at.history.append(row)
 
+# %% ../nbs/11_trainer.ipynb #df611277
 @patch(as_prop=True)
 def finished(self: Trainer) -> bool:
     "Whether all epochs are done, or patience has run out."
     return self.at.epoch >= self.config.epochs or self.at.epoch - self.at.best_epoch >= self.config.patience
 
-# %% ../nbs/11_trainer.ipynb #959b747c
+# %% ../nbs/11_trainer.ipynb #62e67dc3
 @patch
 def identity(self: Trainer) -> dict:
     "What must agree for a checkpoint to be this run's: configurations and the amount of data."
@@ -264,6 +268,7 @@ def identity(self: Trainer) -> dict:
     return json.loads(json.dumps({**{f"model.{k}": v for k, v in model.items()}, **asdict(self.config),
                                   **{f"data.{k}": v for k, v in data.items()}}))
 
+# %% ../nbs/11_trainer.ipynb #3b51eb4a
 @patch
 def save(self: Trainer):
     "Write a checkpoint below `folder` and delete the older ones; one process does it for all."
@@ -307,7 +312,7 @@ def restore(self: Trainer):
     self.load(weights)
     self.at = Progress(**state["progress"])
 
-# %% ../nbs/11_trainer.ipynb #2536d452
+# %% ../nbs/11_trainer.ipynb #797d67ec
 @dataclass(frozen=True)
 class TrainResult:
     "What training came to; costs are those of the whole run, before and after a resumption."
@@ -325,6 +330,7 @@ class TrainResult:
         columns = ["epoch", "loss", "recall@10", "ndcg@10_pessimistic", "mrr"]
         return head + self.history[columns].tail(5).round(4).to_html(index=False)
 
+# %% ../nbs/11_trainer.ipynb #280fc80a
 @patch
 def fit(self: Trainer) -> TrainResult:
     "Train until `epochs` or `patience` run out, from the newest checkpoint if there is one; keep the best weights."
