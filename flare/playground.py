@@ -12,6 +12,7 @@ from html import escape
 import numpy as np
 import pandas as pd
 import torch
+from fastcore.basics import patch
 from ipywidgets import HTML, Button, FloatSlider, HBox, Layout, Select, Text, VBox
 
 from .critiquing import BETWEEN
@@ -39,7 +40,7 @@ def told(
     return pd.DataFrame({"item": best.numpy(), "title": table["title"].to_numpy(), "category": [BETWEEN.join(path) for path in table["category"]],
                          "score": heard[best].numpy().round(3), "silent": before.numpy()}, index=pd.RangeIndex(1, len(best) + 1, name="place"))
 
-# %% ../nbs/24_playground.ipynb #d8ade499
+# %% ../nbs/24_playground.ipynb #4842f5fa
 class Playground(VBox):
     "A panel: search a title, put it into the history, type a critique, move the strength."
 
@@ -68,29 +69,37 @@ class Playground(VBox):
         super().__init__([self.search, self.matches, HBox([self.add, self.drop]), self.past, self.critique, self.strength, self.answer])
         self.show()
 
-    def look(self):
-        "Show the titles that contain what is searched for."
-        wanted = self.search.value.strip().lower()
-        places = np.flatnonzero(self.titles.str.lower().str.contains(wanted, regex=False))[: self.found] if wanted else []
-        self.matches.options = [(self.titles[place] or "(no title)", int(place)) for place in places]
-        self.matches.index = 0 if len(places) else None
+# %% ../nbs/24_playground.ipynb #10dbb60c
+@patch
+def look(self: Playground):
+    "Show the titles that contain what is searched for."
+    wanted = self.search.value.strip().lower()
+    places = np.flatnonzero(self.titles.str.lower().str.contains(wanted, regex=False))[: self.found] if wanted else []
+    self.matches.options = [(self.titles[place] or "(no title)", int(place)) for place in places]
+    self.matches.index = 0 if len(places) else None
 
-    def choose(self):
-        "Put the selected title into the history."
-        if self.matches.value is not None: self.history.append(self.matches.value)
-        self.show()
+# %% ../nbs/24_playground.ipynb #e6d4f42a
+@patch
+def choose(self: Playground):
+    "Put the selected title into the history."
+    if self.matches.value is not None: self.history.append(self.matches.value)
+    self.show()
 
-    def forget(self):
-        "Take the last item out of the history."
-        self.history = self.history[:-1]
-        self.show()
 
-    def show(self):
-        "Make the list anew; a mistake is shown in its place."
-        self.past.value = "<ol>" + "".join(f"<li>{escape(self.titles[item])}</li>" for item in self.history) + "</ol>"
-        try:
-            self.table = told(self.voice, self.dataset, self.history, self.critique.value, self.strength.value, self.top)
-            shown = self.table.drop(columns="item").rename_axis(columns="place", index=None)
-            self.answer.value = f'<div class="jp-RenderedHTMLCommon">{shown.to_html(border=0, justify="left")}</div>'
-        except ValueError as error:
-            self.table, self.answer.value = None, f"<p>{escape(str(error))}</p>"
+@patch
+def forget(self: Playground):
+    "Take the last item out of the history."
+    self.history = self.history[:-1]
+    self.show()
+
+# %% ../nbs/24_playground.ipynb #12c635e0
+@patch
+def show(self: Playground):
+    "Make the list anew; a mistake is shown in its place."
+    self.past.value = "<ol>" + "".join(f"<li>{escape(self.titles[item])}</li>" for item in self.history) + "</ol>"
+    try:
+        self.table = told(self.voice, self.dataset, self.history, self.critique.value, self.strength.value, self.top)
+        shown = self.table.drop(columns="item").rename_axis(columns="place", index=None)
+        self.answer.value = f'<div class="jp-RenderedHTMLCommon">{shown.to_html(border=0, justify="left")}</div>'
+    except ValueError as error:
+        self.table, self.answer.value = None, f"<p>{escape(str(error))}</p>"
