@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['TRAINING_FREE', 'STEERED', 'TAUGHT', 'EXTENDED', 'TRAINED', 'MODELS', 'SPLITS', 'GIVEN_ELSEWHERE', 'PARSING',
            'SCHEMA', 'parameters_of', 'typed', 'resolve', 'configs', 'record_key', 'parsed', 'essence', 'imported',
-           'source_of', 'code_digest', 'project_folder', 'git', 'environment', 'Record', 'record_path', 'write_record',
+           'source_of', 'code_digest', 'project_folder', 'git', 'environment', 'record_path', 'Record', 'write_record',
            'read_record', 'staleness']
 
 # %% ../nbs/18_records.ipynb #5096be3b
@@ -88,7 +88,7 @@ def typed(
                          f"like {default!r}")
     return value
 
-# %% ../nbs/18_records.ipynb #bfd551e8
+# %% ../nbs/18_records.ipynb #96133cb4
 def resolve(
     model: str,  # one of MODELS
     parameters: dict,  # name → value, as asked for
@@ -105,7 +105,7 @@ def resolve(
         configs(model, complete, n_items=1, seed=0)
     return asked, complete
 
-
+# %% ../nbs/18_records.ipynb #237ef097
 def configs(
     model: str,  # one of TRAINED
     complete: dict,  # every parameter of it
@@ -137,7 +137,7 @@ def record_key(
     text = json.dumps(question, sort_keys=True, separators=(",", ":"), allow_nan=False)
     return sha256(text.encode()).hexdigest()[:12]
 
-# %% ../nbs/18_records.ipynb #88a7bcf0
+# %% ../nbs/18_records.ipynb #938c5d5d
 PARSING = Lock()  # CPython 3.11 counts the depth of all threads' parsers together and takes two at once for an error (gh-106905)
 
 
@@ -147,7 +147,7 @@ def parsed(
     "Its syntax tree; one thread at a time."
     with PARSING: return ast.parse(source)
 
-
+# %% ../nbs/18_records.ipynb #5b360cbf
 @cache
 def essence(
     source: str,  # of a Python module
@@ -167,7 +167,7 @@ def essence(
             lines[first : last + 1] = [before + after] + [""] * (last - first)
     return "\n".join(line.rstrip() for line in lines if line.strip())
 
-# %% ../nbs/18_records.ipynb #7529f109
+# %% ../nbs/18_records.ipynb #26085c7c
 @cache
 def imported(
     module: str,  # full name of one of our modules
@@ -189,7 +189,7 @@ def source_of(
     "The source text of a module, without importing it."
     return Path(importlib.util.find_spec(module).origin).read_text(encoding="utf8")
 
-
+# %% ../nbs/18_records.ipynb #263b0716
 def code_digest(
     model: str,  # one of MODELS
 ) -> dict[str, str]:  # module → 12 hexadecimal digits, for all modules that make a result of this model
@@ -205,7 +205,7 @@ def code_digest(
             waiting += imported(module, source)
     return dict(sorted(digests.items()))
 
-# %% ../nbs/18_records.ipynb #621a4460
+# %% ../nbs/18_records.ipynb #260a408f
 def project_folder(
     start: str | Path | None = None,  # where to begin; None: the current folder
 ) -> Path:
@@ -217,7 +217,7 @@ def project_folder(
     raise FileNotFoundError(f"no settings.ini in {start} or above it: go to a clone of flare, where the experiments "
                             "are")
 
-
+# %% ../nbs/18_records.ipynb #6a3662d1
 def git(
     *arguments: str,  # of the git command
     folder: Path,  # in which it is run
@@ -242,7 +242,18 @@ def environment(
             "commit": commit and commit + "-dirty" * bool(changed),
             "date": datetime.now(timezone.utc).isoformat(timespec="seconds")}
 
-# %% ../nbs/18_records.ipynb #4e22ec03
+# %% ../nbs/18_records.ipynb #ae92bba0
+def record_path(
+    root: str | Path,  # folder that holds records/ and runs/
+    experiment: str,
+    key: str,  # 12 hexadecimal digits
+) -> Path:
+    "Where a record is kept. Raises ValueError where the experiment's name is not a plain folder name."
+    if not experiment or Path(experiment).name != experiment or experiment.startswith("."):
+        raise ValueError(f"{experiment!r} does not name an experiment: use letters, digits, - and _")
+    return Path(root) / "records" / experiment / f"{key}.json"
+
+# %% ../nbs/18_records.ipynb #c2d691ac
 SCHEMA = 1
 
 
@@ -283,17 +294,6 @@ class Record:
                 f"{about['items']:,} items, {about['text_coverage']:.1%} of the events with text), "
                 f"seed {self.seed}, record {self.key}</p>"
                 + table.to_html(float_format="{:.4f}".format))
-
-
-def record_path(
-    root: str | Path,  # folder that holds records/ and runs/
-    experiment: str,
-    key: str,  # 12 hexadecimal digits
-) -> Path:
-    "Where a record is kept. Raises ValueError where the experiment's name is not a plain folder name."
-    if not experiment or Path(experiment).name != experiment or experiment.startswith("."):
-        raise ValueError(f"{experiment!r} does not name an experiment: use letters, digits, - and _")
-    return Path(root) / "records" / experiment / f"{key}.json"
 
 # %% ../nbs/18_records.ipynb #be6c3af8
 def write_record(
