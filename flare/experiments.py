@@ -154,11 +154,11 @@ def run(
     path, folder = record_path(root, experiment, key), root / "runs" / experiment / key
     folder.parent.mkdir(parents=True, exist_ok=True)  # the folder itself only under the lock
     with FileLock(folder.with_suffix(".lock")):
-        if path.exists() and not staleness(found := read_record(path), data.fingerprint):
+        before = {other.name: other.fingerprint for other in map(load_dataset, complete.get("before", ()))}  # other sets that it is trained on first
+        if path.exists() and not staleness(found := read_record(path), before | {data.name: data.fingerprint}):
             record = found
         else:
             code, parts, trained = code_digest(model), SPLITS[split](data), TAUGHT.get(model, model)
-            before = {name: fingerprint_now(name) for name in complete.get("before", ())}  # other sets that it is trained on first
             claim(folder, {"code": code_digest(trained), "data": data.fingerprint, "before": before, "config": {name: complete[name] for name in parameters_of(trained)}})
             ready, cost, max_len, voice, history = build(model, complete, data, parts, seed, folder, progress)
             start = time.perf_counter()
@@ -190,7 +190,7 @@ def read_records(
     root = project_folder() / "paper" if root is None else Path(root)
     paths = sorted(record_path(root, experiment, "any").parent.glob("*.json"))
     records = {path.stem: read_record(path) for path in paths}
-    names = {r.dataset.get("name") for r in records.values()} - {None}
+    names = {name for r in records.values() for name in (r.dataset.get("name"), *r.dataset.get("before", ()))} - {None}
     now = {name: fingerprint_now(name) for name in names} if check_data else {}
     about = ("split", "users", "items", "interactions", "text_coverage")
     rows = [{"experiment": experiment, "key": key, "model": r.model, "dataset": r.dataset.get("name"), "seed": r.seed}
@@ -198,7 +198,7 @@ def read_records(
             | {f"{part}.{name}": value for part, values in r.metrics.items() for name, value in values.items()}
             | {f"cost.{name}": value for name, value in r.cost.items()}
             | {name: r.environment.get(name) for name in ("device", "commit", "date")}
-            | {"why_stale": staleness(r, now.get(r.dataset.get("name")))} for key, r in records.items()]
+            | {"why_stale": staleness(r, now)} for key, r in records.items()]
     columns = ["experiment", "key", "model", "dataset", "seed", *about, "parameters", "device", "commit", "date", "why_stale"]
     columns += [f"{part}.{name}{ties}" for part in ("validation", "test") for ties in ("", "_pessimistic")
                 for name in METRICS]

@@ -161,7 +161,7 @@ class Point:
     notebook: Path
     values: dict  # name → value, for every name that the notebook declares
     key: str  # of its record
-    fingerprint: str  # of its dataset
+    fingerprints: dict  # of its dataset, and of those that it is trained on first
 
 
 def make_points(
@@ -183,14 +183,15 @@ def make_points(
         asked, _ = asked_of(values)
         if values["split"] not in SPLITS:
             raise ValueError(f"there is no split {values['split']!r}; choose one of {', '.join(SPLITS)}")
-        if values["dataset"] not in loaded:
-            data = load_dataset(values["dataset"])
-            loaded[values["dataset"]] = data.name, data.fingerprint
-        name, fingerprint = loaded[values["dataset"]]
+        datasets = [values["dataset"], *asked.get("before", ())]
+        for missing in {*datasets} - {*loaded}:
+            data = load_dataset(missing)
+            loaded[missing] = data.name, data.fingerprint
+        name, fingerprints = loaded[datasets[0]][0], dict(loaded[some] for some in datasets)
         if Path(values["dataset"]).is_dir() and values["dataset"] not in ("ml-100k", *READERS):
             values["dataset"] = str(Path(values["dataset"]).absolute())
         key = record_key(values["model"], name, values["seed"], values["split"], asked)
-        points.setdefault((values["experiment"], key), Point(notebook, values, key, fingerprint))
+        points.setdefault((values["experiment"], key), Point(notebook, values, key, fingerprints))
     return list(points.values())
 
 # %% ../nbs/20_grid.ipynb #f814ac94
@@ -202,7 +203,7 @@ def state(
     path = record_path(root, point.values["experiment"], point.key)
     if not path.exists():
         return "missing", ""
-    why = staleness(read_record(path), point.fingerprint)
+    why = staleness(read_record(path), point.fingerprints)
     return ("stale", why) if why else ("fresh", "")
 
 # %% ../nbs/20_grid.ipynb #6159afee

@@ -265,7 +265,7 @@ class Record:
     seed: int
     parameters: dict  # those that differ from the defaults; part of the key
     config: dict  # the complete configuration, defaults included
-    dataset: dict  # name, fingerprint, split, users, items, interactions, text_coverage
+    dataset: dict  # name, fingerprint, split, users, items, interactions, text_coverage; "before": name → fingerprint of sets that it was trained on first
     metrics: dict  # validation and test, and "what was said | who answered" of a model that is told: name → value
     cost: dict  # epochs, steps, train_seconds, eval_seconds, peak_memory_mb, trainable_parameters
     environment: dict  # device, libraries, commit, date
@@ -351,16 +351,17 @@ def read_record(
 # %% ../nbs/18_records.ipynb #be9779d6
 def staleness(
     record: Record,
-    fingerprint: str | None = None,  # of the dataset as it is now; None: not at hand, not compared
+    now: dict[str, str | None] | None = None,  # dataset → its fingerprint as it is now; those that are not at hand are not compared
 ) -> str:  # the reasons; "" where the record still holds
     "Why a record no longer describes the present code, data or defaults."
     if record.schema < SCHEMA:
         return f"schema {record.schema} is older than {SCHEMA}"
     if record.model not in MODELS:
         return f"there is no model {record.model} any more"
-    now, defaults = code_digest(record.model), parameters_of(record.model) | record.parameters
-    modules = sorted(name for name in {*now, *record.code} if now.get(name) != record.code.get(name))
+    code, defaults = code_digest(record.model), parameters_of(record.model) | record.parameters
+    modules = sorted(name for name in {*code, *record.code} if code.get(name) != record.code.get(name))
     changed = sorted(name for name, value in record.config.items() if typed(name, defaults.get(name), None) != value)
-    other_data = fingerprint not in (None, record.dataset["fingerprint"])
-    reasons = {"code": modules, "data": [record.dataset["name"]] * other_data, "parameters": changed}
+    trained_on = {record.dataset["name"]: record.dataset["fingerprint"]} | record.dataset.get("before", {})
+    data = [name for name, fingerprint in trained_on.items() if (now or {}).get(name) not in (None, fingerprint)]
+    reasons = {"code": modules, "data": data, "parameters": changed}
     return "; ".join(f"{what} changed: {', '.join(names)}" for what, names in reasons.items() if names)

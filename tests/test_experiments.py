@@ -139,8 +139,8 @@ def test_an_older_schema_is_stale_and_run_again(record, shop, tmp_path):
 # what is stale
 
 def test_the_reasons_are_named(record):
-    assert staleness(record, record.dataset["fingerprint"]) == ""
-    assert staleness(record, "0" * 12) == "data changed: shop"
+    assert staleness(record, {"shop": record.dataset["fingerprint"]}) == ""
+    assert staleness(record, {"shop": "0" * 12}) == "data changed: shop"
     assert staleness(replace(record, code=record.code | {"flare.gone": "0"})) == "code changed: flare.gone"
     assert staleness(replace(record, model="sasrec")) == "there is no model sasrec any more"
 

@@ -205,8 +205,9 @@ def test_a_pushed_model_has_a_record_and_no_other_model_depends_on_it(shops, tmp
                  encoder=str(write_encoder(tmp_path / "encoder", words=WORDS)), average=0.9, negatives="catalogue", tuning_epochs=1, before=[shops[1]])
     record = run("pushed", "flare_pushed", shops[0], parameters=small, root=tmp_path / "paper", progress=False)
     assert read_record(record.path(tmp_path / "paper")) == record and staleness(record) == "" and record.cost["before_seconds"] > record.cost["train_seconds"] / 10
-    assert record.parameters["before"] == [shops[1]] and list(record.dataset["before"]) == [shops[1]] and "flare.pushing" in code_digest("flare_pushed")
+    assert record.parameters["before"] == [shops[1]] and list(record.dataset["before"]) == ["two"] and "flare.pushing" in code_digest("flare_pushed")
     assert not any("flare.pushing" in code_digest(model) for model in ("flare", "bert4rec", "flare_listens", "flare_hears"))
+    assert staleness(record, record.dataset["before"] | {"one": record.dataset["fingerprint"]}) == "" and staleness(record, {"two": "0" * 12}) == "data changed: two"
     with pytest.raises(ValueError, match="shares 6 titles with one"): run("pushed", "flare_pushed", shops[0], parameters=small | {"before": [shops[2]]}, root=tmp_path / "paper", progress=False)
 
 
