@@ -93,7 +93,7 @@ def spans(
     times = None if self.timestamps is None else self.timestamps[gather]
     return Sequences(self.items[gather], offsets, times)
 
-# %% ../nbs/01_sequences.ipynb #9ad28fac
+# %% ../nbs/01_sequences.ipynb #9727b66f
 @patch
 def take(
     self: Sequences,
@@ -103,6 +103,7 @@ def take(
     rows = np.arange(len(self))[rows]
     return self.spans(self.offsets[:-1][rows], self.offsets[1:][rows])
 
+# %% ../nbs/01_sequences.ipynb #16a8ccc0
 @patch
 def tail(
     self: Sequences,
@@ -119,6 +120,7 @@ def drop_last(
     "Each row without its `n` last events."
     return self.spans(self.offsets[:-1], np.maximum(self.offsets[:-1], self.offsets[1:] - n))
 
+# %% ../nbs/01_sequences.ipynb #738013d4
 @patch(as_prop=True)
 def last(
     self: Sequences,
@@ -164,7 +166,7 @@ class Catalogue:
         said = self.table.drop(columns=["item", "category"]) != ""
         return said.any(axis=1).to_numpy() | self.has_category
 
-# %% ../nbs/01_sequences.ipynb #12bbbecb
+# %% ../nbs/01_sequences.ipynb #b86835fe
 @patch
 def category_path(
     self: Catalogue,
@@ -173,6 +175,7 @@ def category_path(
     'The first levels of each category path, joined by " - ".'
     return [" - ".join(path[:depth]) for path in self.table["category"]]
 
+# %% ../nbs/01_sequences.ipynb #9632b02f
 @patch
 def category_codes(
     self: Catalogue,
@@ -182,6 +185,7 @@ def category_codes(
     beginnings = [[path[: level + 1] if len(path) > level else None for path in self.table["category"]] for level in range(depth)]
     return np.stack([pd.factorize(pd.Series(level, dtype=object))[0] for level in beginnings], 1).astype(np.int64)
 
+# %% ../nbs/01_sequences.ipynb #fa9dafde
 @patch
 def text(
     self: Catalogue,
@@ -256,7 +260,7 @@ def fingerprint_of(
         sha.update(f"\x1d{name}\x1e".encode() + "\x1e".join(column).encode())
     return sha.hexdigest()[:12]
 
-# %% ../nbs/01_sequences.ipynb #52981079
+# %% ../nbs/01_sequences.ipynb #c0ce7fec
 @patch
 def repeats(
     self: Sequences,
@@ -267,6 +271,7 @@ def repeats(
     same[self.offsets[:-1][self.lengths > 0]] = False
     return same
 
+# %% ../nbs/01_sequences.ipynb #b7c4d9e4
 @patch
 def statistics(
     self: Dataset,
@@ -280,7 +285,7 @@ def statistics(
         "text_coverage": self.catalogue.has_text[items].mean(),
         "category_coverage": self.catalogue.has_category[items].mean()}, name=self.name, dtype=object)
 
-# %% ../nbs/01_sequences.ipynb #6c31c3e8
+# %% ../nbs/01_sequences.ipynb #7dc260df
 def statistics_table(
     datasets: Iterable[Dataset],  # any number
 ) -> pd.DataFrame:  # one row a dataset, numbers as numbers
@@ -297,6 +302,7 @@ def show_statistics(
     shown = table.apply(lambda column: column.map(formats[column.name].format))
     return shown.rename(columns=lambda name: name.replace("_", " "))
 
+# %% ../nbs/01_sequences.ipynb #2ede84b8
 @patch
 def _repr_html_(self: Dataset) -> str:
     best = self.catalogue.table.iloc[np.argsort(-self.popularity, kind="stable")[:3]].map(
