@@ -50,7 +50,7 @@ def reading(
     except (EOFError, zlib.error, gzip.BadGzipFile) as e:
         raise ValueError(f"{path}: {e}; {again}") from None
 
-# %% ../nbs/02_files.ipynb #e694f553
+# %% ../nbs/02_files.ipynb #b69e0a58
 def unique_keys(
     path: Path,  # the file that is being read
     pairs: list[tuple[str, object]],  # of one JSON object
@@ -62,6 +62,7 @@ def unique_keys(
         raise ValueError(f"{path}: key {twice!r} stands twice in one object: keep one of the two")
     return found
 
+# %% ../nbs/02_files.ipynb #b16d6224
 def read_json(
     path: Path,  # a JSON file, UTF-8
 ) -> dict:  # its object
@@ -108,7 +109,7 @@ def read_table(
     if table.empty: raise ValueError(f"{path} has no rows: there is nothing to read")
     return table.set_axis(pd.RangeIndex(first, first + len(table)))
 
-# %% ../nbs/02_files.ipynb #a6faceb1
+# %% ../nbs/02_files.ipynb #e6b401a3
 def refuse(
     path: Path,  # the file
     column: pd.Series,  # the values in question; the index is the row number, or has a name such as "user"
@@ -122,6 +123,7 @@ def refuse(
         what = problem.format(short(value.item() if isinstance(value, np.generic) else value))
         raise ValueError(f"{path}, {column.index.name or 'row'} {column.index[bad][0]}: {what} ({bad.sum()} of these)")
 
+# %% ../nbs/02_files.ipynb #d7a79ae7
 def require(
     path: Path,  # the file
     table: pd.DataFrame,  # what was read
