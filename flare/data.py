@@ -56,7 +56,7 @@ def numbered(
     "`ValueError` unless the numbers are 0 to N-1, each once."
     values = pd.Series(list(numbers.values()), index=pd.Index(numbers, name="entry"), dtype=object)
     known = pd.to_numeric(values, errors="coerce")
-    bad = ~known.isin(range(len(values))) | known.duplicated()
+    bad = ~known.isin(range(len(values))) | known.duplicated() | values.map(type).eq(bool)
     refuse(path, values, bad, f"number {{}} is not one of 0 to {len(values) - 1}, each once: number the entries anew")
     return known.astype(int).sort_values().index.tolist()
 
@@ -256,7 +256,7 @@ def read_ragged(
     column: pd.Series,  # numbers separated by single spaces
 ) -> tuple[np.ndarray, np.ndarray]:  # (events,) int64 numbers, (rows,) how many in each row
     "Parse a column of number lists at once. `ValueError` names a row that is not one."
-    refuse(path, column, ~column.str.fullmatch(r"\d+( \d+)*"), "{} is not a list of numbers: correct it")
+    refuse(path, column, ~column.str.fullmatch(r"\d{1,18}( \d{1,18})*"), "{} is not a list of numbers of at most 18 digits: correct it")
     return np.fromstring(" ".join(column), dtype=np.int64, sep=" "), column.str.count(" ").to_numpy() + 1
 
 # %% ../nbs/03_data.ipynb #b3890e9f

@@ -19,6 +19,7 @@ from functools import partial
 from html import unescape
 from io import BytesIO
 from pathlib import Path
+from threading import get_ident
 from reprlib import repr as short
 
 import numpy as np
@@ -41,8 +42,9 @@ def reading(
         raise ValueError(f"{path}, line {e.lineno}, column {e.colno}: {e.msg}; {again}") from None
     except UnicodeDecodeError as e:
         raise ValueError(f"{path}: byte {e.start} is not UTF-8: save the file as UTF-8") from None
-    except pd.errors.ParserError:
-        raise ValueError(f"{path}: a quotation mark is opened and never closed: close it or double it") from None
+    except pd.errors.ParserError as e:
+        if "EOF inside string" in str(e): raise ValueError(f"{path}: a quotation mark is opened and never closed: close it or double it") from None
+        raise ValueError(f"{path}: {str(e).rpartition('C error: ')[2].strip()}; correct it, or fetch the file again") from None
     except pa.ArrowInvalid as e:
         row = re.search(r"Row #(\d+)", str(e))
         where = f", row {row[1]}" if row else ""
@@ -149,7 +151,7 @@ def write_bytes(
     content: bytes,
 ):
     "Write a file so that it is there whole or not at all."
-    part = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    part = path.with_name(f"{path.name}.{os.getpid()}-{get_ident()}.tmp")  # one for each thread
     part.write_bytes(content)
     os.replace(part, path)
 

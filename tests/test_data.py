@@ -189,6 +189,7 @@ BAD_ITEMS = {
     ITEMS + ",Hammer,\n": r"items.csv, row 6: item '' is empty",
     ITEMS + 'e,"Nail,\nf,Bolt,\n': r"items.csv: a quotation mark is opened and never closed",
     ITEMS + 'e,"Na': r"items.csv",
+    ITEMS + 'e,a 7" roll,\nf,b,c,d\n': r"items.csv: Expected 3 fields in line 7, saw 4",
 }
 
 
@@ -268,6 +269,7 @@ def test_recformer(tmp_path):
     (dict(train={}), r"train.json must hold a JSON object"),
     (dict(smap={"A": 1, "B": 1}), r"smap.json, entry B: number 1"),
     (dict(umap={"x": 1, "y": 2}), r"umap.json, entry y: number 2"),
+    (dict(umap={"x": True, "y": 0}), r"umap.json, entry x: number True"),
     (dict(meta_data={"A": "title"}), r"meta_data.json, item A: 'title' is not an object"),
     (dict(meta_data={"A": {"title": ["T"]}}), r"meta_data.json, item A: title \['T'\] is not text"),
     (dict(meta_data={"A": {"title": "T", "category": "r"}}), r"meta_data.json, item A: category 'r' is not a list"),
@@ -409,6 +411,7 @@ def test_large_sets_are_joined(tmp_path):
 @pytest.mark.parametrize("seq, titles, message", [
     ("u\t5 6\t1 2\nv\t5 7\t1 2\n", "5\tV\n6\tVI\n", r"s.seq.tsv.gz, row 2: item 7 is not in s.titles.tsv.gz"),
     ("u\t5 6\t1 2\nv\t5 x\t1 2\n", "5\tV\n6\tVI\n", r"s.seq.tsv.gz, row 2: '5 x' is not a list of numbers"),
+    ("u\t5 6\t1 2\nv\t5\t1234567890123456789\n", "5\tV\n6\tVI\n", r"s.seq.tsv.gz, row 2: '1234567890123456789' is not a list of numbers of at most 18 digits"),
     ("u\t5 6\t1 2\nv\t\t\n", "5\tV\n6\tVI\n", r"s.seq.tsv.gz, row 2: '' is not a list of numbers"),
     ("u\t5 6\t1 2\nv\t5\t1 2\n", "5\tV\n6\tVI\n", r"s.seq.tsv.gz, row 2: '1 2' are not as many times as items"),
     ("u\t5 6\t1 2\nu\t5\t1\n", "5\tV\n6\tVI\n", r"s.seq.tsv.gz, row 2: user 'u' stands in an earlier row"),
