@@ -52,7 +52,8 @@ class Playground(VBox):
         found: int = 8,  # titles that a search shows
     ):
         self.voice, self.dataset, self.history, self.top, self.found = voice, dataset, list(history), top, found
-        self.titles = dataset.catalogue.table["title"].reset_index(drop=True)
+        table = dataset.catalogue.table.reset_index(drop=True)
+        self.titles = table["title"].where(table["title"] != "", "(no title) " + table["item"])
         wide = Layout(width="38em")
         self.search = Text(placeholder="part of a title", description="search", layout=wide)
         self.matches = Select(options=[], rows=4, description="found", layout=wide)
@@ -75,7 +76,7 @@ def look(self: Playground):
     "Show the titles that contain what is searched for."
     wanted = self.search.value.strip().lower()
     places = np.flatnonzero(self.titles.str.lower().str.contains(wanted, regex=False))[: self.found] if wanted else []
-    self.matches.options = [(self.titles[place] or "(no title)", int(place)) for place in places]
+    self.matches.options = [(self.titles[place], int(place)) for place in places]
     self.matches.index = 0 if len(places) else None
 
 # %% ../nbs/24_playground.ipynb #e6d4f42a
