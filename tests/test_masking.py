@@ -48,6 +48,33 @@ def test_a_batch_holds_what_went_in(lengths, seed):
         assert (batch.items.flatten()[~cells] == 51).all()
 
 
+@settings(deadline=None)
+@given(ragged, st.integers(0, 99))
+def test_gaps_are_between_neighbours_that_are_both_seen(lengths, seed):
+    rng = np.random.default_rng(seed)
+    times = np.concatenate([np.sort(rng.integers(0, 10**9, n)) for n in lengths])
+    hidden = cloze_mask(lengths, 0.3, rng.random(len(lengths)) < 0.3, rng)
+    made = [collate(rng.integers(0, 50, lengths.sum()), lengths, hidden, 50, 40, times=when) for when in (times, np.where(hidden, 5, times), None)]
+    assert made[2].gaps is None and made[0].gaps.equal(made[1].gaps)  # the time of what is hidden is not told
+    expected = []
+    for first, n in zip(np.cumsum(lengths) - lengths, lengths):
+        expected += [times[i] - times[i - 1] if i > first and not hidden[i] and not hidden[i - 1] else -1 for i in range(first, first + n)]
+    cells = made[0].segment.flatten() >= 0
+    order = np.lexsort((made[0].position.flatten(), made[0].segment.flatten()))
+    assert made[0].gaps.flatten()[order[cells.numpy()[order]]].tolist() == expected and (made[0].gaps.flatten()[~cells] == -1).all()
+
+
+def test_times_travel_with_training_and_evaluation_batches():
+    times = [[5, 7, 17, 18], [100, 160]]
+    history = Sequences.from_lists([[1, 2, 3, 4], [5, 6]])
+    timed = Sequences(history.items, history.offsets, np.concatenate(times))
+    (batch,) = evaluation_batches(timed, np.array([8, 9]), 10, max_len=3)
+    assert sorted(batch.gaps[batch.gaps >= 0].tolist()) == [1, 10, 60]  # the first user's oldest item fell off
+    seen = [gap for epoch in range(30) for gap in TrainingBatches(timed, 10, 2, 8, last_mask_share=1.0).batch(epoch, 0).gaps.flatten().tolist()]
+    assert {*seen} == {-1, 2, 10}  # the last item of each is hidden
+    assert TrainingBatches(history, 10, 2, 8).batch(0, 0).gaps is None
+
+
 def test_windows_cover_every_event_and_keep_order():
     rng = np.random.default_rng(0)
     lists = [list(part) for part in np.split(rng.permutation(42), np.cumsum([0, 1, 5, 6, 7])[:5])]  # the last has 23

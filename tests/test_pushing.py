@@ -14,7 +14,7 @@ from flare.experiments import run
 from flare.masking import TrainingBatches, evaluation_batches
 from flare.metrics import evaluating
 from flare.models import FlareConfig, FlareModel
-from flare.pushing import OF_ITEMS, PushConfig, PushedFlare, carry_over, guess_words, hide_tokens, others_before, trained_before, tuned
+from flare.pushing import OF_ITEMS, PushConfig, PushedFlare, carry_over, gap_kinds, guess_words, hide_tokens, others_before, trained_before, tuned
 from flare.records import code_digest, read_record, resolve, staleness
 from flare.sequences import Catalogue, Dataset, Sequences, leave_one_out
 from flare.text import Encoder, TextConfig, encoder_folder, item_texts, token_states
@@ -127,6 +127,29 @@ def test_the_contrast_with_the_catalogue_is_that_of_its_formula(shop):
     assert all(weight.grad.abs().sum() > 0 for weight in (model.item_embedding.weight, model.project.weight, next(model.reader.parameters())))
 
 
+def timed(histories, times):
+    "An evaluation batch of histories with times."
+    plain = Sequences.from_lists(histories)
+    (batch,) = evaluation_batches(Sequences(plain.items, plain.offsets, np.concatenate(times)), np.zeros(len(histories), int), ITEMS, 10)
+    return batch
+
+
+def test_gaps_are_heard_where_they_are_known(shop):
+    model, off = made(shop, PushConfig(time_gaps=True)).eval(), made(shop).eval()
+    two = ([[1, 2, 3], [4, 5]], [[0, 10, 20], [0, 50]])
+    batch, later, stretched = timed(*two), timed(two[0], [[7, 17, 27], [9, 59]]), timed(two[0], [[0, 10, 5000], [0, 50]])
+    with torch.no_grad():
+        assert model.score(batch).equal(model.score(later))  # when it was is not told, only how long after
+        assert not torch.allclose(model.score(batch)[0], model.score(stretched)[0]) and model.score(batch)[1].equal(model.score(stretched)[1])
+        assert off.score(batch).equal(off.score(stretched))
+        model.gap_embedding.weight.zero_()
+        torch.testing.assert_close(model.score(batch), off.score(batch))
+    model.train().loss(batch)["mlm"][0].backward()
+    kinds = gap_kinds(batch.gaps)[batch.segment >= 0]
+    moved = model.gap_embedding.weight.grad.abs().sum(1).nonzero().flatten().tolist()
+    assert set(moved) == {*kinds.tolist()} and gap_kinds(torch.tensor([2**k for k in range(40)])).tolist() == [*range(2, 32)] + [31] * 10
+
+
 def test_hidden_words_are_guessed_better_and_the_encoder_is_kept(shop, tmp_path, monkeypatch):
     monkeypatch.setenv("FLARE_CACHE", str(tmp_path))
     dataset, reading, _ = shop
@@ -208,6 +231,8 @@ def test_a_pushed_model_has_a_record_and_no_other_model_depends_on_it(shops, tmp
     assert record.parameters["before"] == [shops[1]] and list(record.dataset["before"]) == ["two"] and "flare.pushing" in code_digest("flare_pushed")
     assert not any("flare.pushing" in code_digest(model) for model in ("flare", "bert4rec", "flare_listens", "flare_hears"))
     assert staleness(record, record.dataset["before"] | {"one": record.dataset["fingerprint"]}) == "" and staleness(record, {"two": "0" * 12}) == "data changed: two"
+    again = run("pushed", "flare_pushed", shops[0], parameters={name: value for name, value in small.items() if name not in ("before", "tuning_epochs")} | {"time_gaps": True}, root=tmp_path / "paper", progress=False)
+    assert again.parameters["time_gaps"] is True and again.cost["before_seconds"] == 0.0
     with pytest.raises(ValueError, match="shares 6 titles with one"): run("pushed", "flare_pushed", shops[0], parameters=small | {"before": [shops[2]]}, root=tmp_path / "paper", progress=False)
 
 
