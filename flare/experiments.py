@@ -328,7 +328,9 @@ def renew(
         after = Ranks.from_parquet(new.path(scratch).with_suffix(".ranks.parquet"))
     if not before.equal(after) or old.metrics != new.metrics:
         now, then = (r.metrics["test"]["ndcg@10_pessimistic"] for r in (new, old))
-        raise ValueError(f"{path} comes out otherwise with the code as it is now (nDCG@10 {now:.4f}, was {then:.4f}): "
+        machines = [tuple(r.environment.get(name, "unknown") for name in ("processor", "device")) for r in (old, new)]
+        elsewhere = f"; it was made elsewhere ({', '.join(machines[0])}; here {', '.join(machines[1])}), which alone can do that" if machines[0] != machines[1] else ""
+        raise ValueError(f"{path} comes out otherwise with the code as it is now (nDCG@10 {now:.4f}, was {then:.4f}{elsewhere}): "
                          "run what depends on it again, flare grid FILE --stale")
     witness = {"renewed": {"by": f"{experiment}/{key}", "commit": environment(root)["commit"]}}
     records = {other: read_record(other) for other in sorted((root / "records").glob("*/*.json"))}

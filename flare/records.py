@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['TRAINING_FREE', 'STEERED', 'TAUGHT', 'EXTENDED', 'TRAINED', 'MODELS', 'SPLITS', 'GIVEN_ELSEWHERE', 'PARSING',
            'SCHEMA', 'parameters_of', 'typed', 'resolve', 'configs', 'record_key', 'parsed', 'essence', 'imported',
-           'source_of', 'code_digest', 'project_folder', 'git', 'environment', 'record_path', 'Record', 'write_record',
-           'read_record', 'staleness']
+           'source_of', 'code_digest', 'project_folder', 'git', 'processor', 'environment', 'record_path', 'Record',
+           'write_record', 'read_record', 'staleness']
 
 # %% ../nbs/18_records.ipynb #5096be3b
 import ast
@@ -15,6 +15,8 @@ import inspect
 import io
 import json
 import math
+import platform
+import re
 import subprocess
 import tokenize
 from collections.abc import Iterable
@@ -24,7 +26,6 @@ from functools import cache
 from hashlib import sha256
 from importlib.metadata import version
 from pathlib import Path
-from platform import python_version
 from threading import Lock
 
 import numpy as np
@@ -217,7 +218,7 @@ def project_folder(
     raise FileNotFoundError(f"no settings.ini in {start} or above it: go to a clone of flare, where the experiments "
                             "are")
 
-# %% ../nbs/18_records.ipynb #6a3662d1
+# %% ../nbs/18_records.ipynb #0c97a2a2
 def git(
     *arguments: str,  # of the git command
     folder: Path,  # in which it is run
@@ -229,16 +230,23 @@ def git(
         return None
     return answer.stdout.strip()
 
+# %% ../nbs/18_records.ipynb #5f77a972
+def processor() -> str:
+    "The model of the processor, as the system names it."
+    listed = Path("/proc/cpuinfo")  # Linux
+    models = re.findall(r"^model name\s*:\s*(.+)$", listed.read_text(), re.MULTILINE) if listed.exists() else []
+    return models[0] if models else platform.processor() or platform.machine()
+
 
 def environment(
     folder: Path,  # any folder of the project
-) -> dict:  # device, bf16 (what precision "auto" was), libraries, commit (None outside git), date (UTC)
+) -> dict:  # device, processor, bf16 (what precision "auto" was), libraries, commit (None outside git), date (UTC)
     "Where and with what a run takes place."
     commit = git("rev-parse", "HEAD", folder=folder)
     changed = commit and git("status", "--porcelain", "--", ":(top)", ":(top,exclude)paper", folder=folder)
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"cpu, {torch.get_num_threads()} threads"
     libraries = {name: version(name) for name in ("torch", "transformers", "accelerate", "numpy", "pandas", "bm25s")}
-    return {"device": device, "bf16": has_bf16(), "libraries": {"python": python_version()} | libraries,
+    return {"device": device, "processor": processor(), "bf16": has_bf16(), "libraries": {"python": platform.python_version()} | libraries,
             "commit": commit and commit + "-dirty" * bool(changed),
             "date": datetime.now(timezone.utc).isoformat(timespec="seconds")}
 
