@@ -87,8 +87,9 @@ def misspelt(
     if not long: return text
     first, end = long[rng.integers(len(long))]
     i = int(rng.integers(first + 1, end - 1))
-    wrong = [text[i + 1] + text[i], text[i + 1], text[i] + text[i : i + 2], chr(97 + int(rng.integers(26))) + text[i + 1]][rng.integers(4)]
-    return text[:i] + wrong + text[i + 2 :]
+    wrong = [text[i + 1] + text[i], text[i + 1], text[i] + text[i : i + 2], chr(97 + int(rng.integers(26))) + text[i + 1]]
+    wrong = [pair for pair in wrong if pair != text[i : i + 2]]  # equal letters cannot be swapped
+    return text[:i] + wrong[rng.integers(len(wrong))] + text[i + 2 :]
 
 
 def worn(catalogue: Catalogue, version: int) -> list[str]:

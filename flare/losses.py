@@ -70,7 +70,7 @@ class LinearCrossEntropy(torch.autograd.Function):
                 table = side_by_side(tables, items, dtype)
                 weights, unit = chunk_weights(low, table, None if bias is None else bias[items], ctx.fits)
                 units.append(unit[:rows])
-                log_zs.append((unit + weights.sum(1).float().log())[:rows])
+                log_zs.append((unit + weights.sum(1, dtype=torch.float32).log())[:rows])
                 if min(first + chunk, size) * rows <= most: kept += [table, weights]
             log_zs = torch.stack(log_zs)  # (chunks, M)
             if log_zs.abs().max() < 60: break  # sums of such weights, and products with them, are numbers too

@@ -28,10 +28,11 @@ from tqdm.auto import tqdm
 from transformers import AutoModelForMaskedLM
 
 from .data import Dataset, leave_one_out, load_dataset
+from .layers import bf16_is_faster
 from .losses import masked_item_loss
 from .masking import Batch
 from .models import FlareConfig, FlareModel
-from .text import Encoder, TextConfig, cache_folder, encoder_folder, has_bf16, item_texts, quietly, token_states
+from .text import Encoder, TextConfig, cache_folder, encoder_folder, item_texts, quietly, token_states
 from .trainer import TrainConfig, train
 
 # %% ../nbs/17_pushing.ipynb #93fb5d62
@@ -213,7 +214,7 @@ def guess_words(
                 given, hidden = hide_tokens(batch["input_ids"], ~torch.isin(batch["input_ids"], special), tokenizer.mask_token_id, len(tokenizer), generator)
                 if not hidden.any(): continue
                 for group in optimizer.param_groups: group["lr"] = pushed.tuning_rate * min(1, (len(losses) + 1) / 50) * (1 - len(losses) / steps)
-                with torch.autocast(encoder.device.type, torch.bfloat16, enabled=has_bf16()):
+                with torch.autocast(encoder.device.type, torch.bfloat16, enabled=bf16_is_faster()):
                     states = model.base_model(input_ids=given.to(encoder.device), attention_mask=batch["attention_mask"].to(encoder.device)).last_hidden_state
                     logits = head(states[hidden.to(encoder.device)])
                 loss = F.cross_entropy(logits.float(), batch["input_ids"][hidden].to(encoder.device))

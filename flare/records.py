@@ -39,11 +39,12 @@ from .critiquing import CritiqueConfig
 from .data import leave_one_out, load_dataset, norepeat, unseen_users
 from .files import write_bytes, write_text
 from .hearing import HearingTest
+from .layers import bf16_is_faster
 from .listening import ListenConfig
 from .metrics import Ranks, evaluate
 from .models import FlareConfig, FlareModel
 from .pushing import PushConfig
-from .text import TextConfig, has_bf16
+from .text import TextConfig
 from .trainer import TrainConfig, train
 
 # %% ../nbs/18_records.ipynb #5e30b2b0
@@ -246,7 +247,7 @@ def environment(
     changed = commit and git("status", "--porcelain", "--", ":(top)", ":(top,exclude)paper", folder=folder)
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"cpu, {torch.get_num_threads()} threads"
     libraries = {name: version(name) for name in ("torch", "transformers", "accelerate", "numpy", "pandas", "bm25s")}
-    return {"device": device, "processor": processor(), "bf16": has_bf16(), "libraries": {"python": platform.python_version()} | libraries,
+    return {"device": device, "processor": processor(), "bf16": bf16_is_faster(), "libraries": {"python": platform.python_version()} | libraries,
             "commit": commit and commit + "-dirty" * bool(changed),
             "date": datetime.now(timezone.utc).isoformat(timespec="seconds")}
 

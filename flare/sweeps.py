@@ -9,7 +9,7 @@ __all__ = ['METRIC', 'distribution', 'is_study', 'Study', 'open_study', 'read_tr
 # %% ../nbs/21_sweeps.ipynb #edbbc5ef
 from collections.abc import Iterator
 from concurrent.futures import Executor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import optuna
@@ -48,9 +48,9 @@ METRIC = "ndcg@10_pessimistic"  # on validation
 def is_study(
     study: object,  # of the file
 ) -> bool:
-    "Whether it has a space, perhaps fixed values, and nothing else."
-    return (isinstance(study, dict) and set(study) <= {"fixed", "space"} and isinstance(study.get("fixed") or {}, dict)
-            and isinstance(study.get("space"), dict) and len(study["space"]) > 0)
+    "Whether it has a space, perhaps fixed values and those of a first trial, and nothing else."
+    return (isinstance(study, dict) and set(study) <= {"fixed", "space", "first"} and isinstance(study.get("space"), dict) and len(study["space"]) > 0
+            and all(isinstance(study.get(name) or {}, dict) for name in ("fixed", "first")))
 
 
 @dataclass(frozen=True)
@@ -61,6 +61,7 @@ class Study:
     fixed: dict  # name → value, for all trials
     space: dict[str, BaseDistribution]  # name → what may be tried
     trials: int
+    first: dict = field(default_factory=dict)  # name → value, what is tried first; empty: at random
 
     @classmethod
     def read(cls,
@@ -76,12 +77,15 @@ class Study:
         if not isinstance(trials, int) or trials is True or trials < 1: raise ValueError(f"{file}: trials is {trials!r}; it must be a whole number of at least 1")
         if not isinstance(base, dict): raise ValueError(f"{file}: base must map names to values")
         if not isinstance(studies, dict) or not studies or not all(map(is_study, studies.values())):
-            raise ValueError(f"{file}: studies must map names to studies, each with a space and perhaps fixed values, both of which map names to values, and nothing else")
+            raise ValueError(f"{file}: studies must map names to studies, each with a space and perhaps fixed and first values, all of which map names to values, and nothing else")
         found = []
         for name, study in studies.items():
             fixed = {"experiment": f"sweep_{file.stem}"} | base | (study.get("fixed") or {})
             if both := set(fixed) & set(study["space"]): raise ValueError(f"{file}: {name}: {', '.join(sorted(both))} cannot be fixed and tried")
-            found.append(cls(f"{file.stem}/{name}", content["notebook"], fixed, {of: distribution(choice, f"{file}: {name}: {of}") for of, choice in study["space"].items()}, trials))
+            space, first = {of: distribution(choice, f"{file}: {name}: {of}") for of, choice in study["space"].items()}, study.get("first") or {}
+            try: first and optuna.create_trial(params=first, distributions=space, value=0.0)
+            except (ValueError, TypeError) as error: raise ValueError(f"{file}: {name}: first must be a point of the space: {error}") from error
+            found.append(cls(f"{file.stem}/{name}", content["notebook"], fixed, space, trials, first))
         return found
 
 # %% ../nbs/21_sweeps.ipynb #fb9e5d82
@@ -144,6 +148,7 @@ def asked(
 ) -> Iterator[tuple[int, Point]]:  # number, and what to run
     "The trials that are left, each when there is a place for it; those that cannot be run have failed."
     while stopped or len(journal.trials) < study.trials:
+        if study.first and not journal.trials: journal.enqueue_trial(study.first)
         trial = stopped.pop(0) if stopped else journal.ask(study.space)
         try:
             if set(trial.params) != set(study.space): raise ValueError("it was stopped before its values were chosen")

