@@ -25,7 +25,7 @@ from filelock import FileLock
 from .critiquing import CritiqueConfig, critiques_of
 from .data import READERS, Catalogue, Dataset, Split, load_dataset, norepeat
 from .files import write_text
-from .fusion import FusionConfig, fuse
+from .fusion import Fused, FusionConfig, fuse
 from .hearing import HearingTest, hearing_voice, listening_voice, traces
 from .listening import ListenConfig, sayings, teach
 from .memory import plan_memory
@@ -174,6 +174,7 @@ def run(
             metrics = {part: r.metrics() for part, r in ranks.items()}
             heard = voice and HearingTest(ready, voice, data, parts, max_len=max_len).run()
             if heard: metrics, cost = metrics | heard.results, cost | heard.latency()
+            if isinstance(ready, Fused): metrics["fusion"] = ready.worth
             lists = traces(ready, voice, data, parts, max_len)
             record = Record(experiment, model, seed, asked, complete, about, metrics, cost, environment(root), code)
             beside = {".heard.parquet": heard and heard.to_parquet()} | {ending: table.to_parquet(compression="zstd", index=False) for ending, table in

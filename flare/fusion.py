@@ -64,6 +64,11 @@ class Fused(nn.Module):
         texts = [f"text, {k} back" for k in range(1, self.recent + 1)] + ["text, all"]
         return ["logits", *(texts if self.unit.shape[1] else []), "the last item", "any item"]
 
+    @property
+    def worth(self) -> dict[str, float]:
+        "What each of them weighs."
+        return dict(zip(self.names, self.weights.tolist()))
+
     def wishes(self, batch: Batch) -> Tensor:  # (likenesses, M, f)
         "What a product with the contexts makes a likeness of: the last texts one by one, and the mean of all."
         mask, item, back = seen_before(batch, len(self.unit))

@@ -276,7 +276,7 @@ class Record:
     parameters: dict  # those that differ from the defaults; part of the key
     config: dict  # the complete configuration, defaults included
     dataset: dict  # name, fingerprint, split, users, items, interactions, text_coverage; "before": name → fingerprint of sets that it was trained on first
-    metrics: dict  # validation and test, and "what was said | who answered" of a model that is told: name → value
+    metrics: dict  # validation and test, "what was said | who answered" of a model that is told, and the weights of a fusion: name → value
     cost: dict  # epochs, steps, train_seconds, eval_seconds, peak_memory_mb, trainable_parameters
     environment: dict  # device, libraries, commit, date
     code: dict  # module → digest
