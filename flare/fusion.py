@@ -80,11 +80,10 @@ class Fused(nn.Module):
         found[-1] /= torch.bincount(mask, minlength=len(batch.masked)).clamp(min=1)[:, None]
         return found
 
-    def repeats(self, batch: Batch) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:  # number of the mask and item, once each: of the last item, and of any
-        "Which items were there before."
+    def repeats(self, batch: Batch) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:  # number of the mask and item: of the last item, and of any
+        "Which items were there before, some of them several times."
         mask, item, back = seen_before(batch, len(self.unit))
-        distinct = torch.unique(torch.stack([mask, item]), dim=1)
-        return (mask[back == 1], item[back == 1]), tuple(distinct)
+        return (mask[back == 1], item[back == 1]), (mask, item)
 
     def scorer(self, batch: Batch) -> Callable[[slice], Tensor]:  # from a slice of the catalogue to scores (M, items in the slice)
         "See `FlareModel.scorer`."
@@ -96,7 +95,7 @@ class Fused(nn.Module):
             first, end, _ = items.indices(len(self.unit))
             for weight, (mask, item) in zip(self.weights[-2:], repeats):
                 inside = (item >= first) & (item < end)
-                made[mask[inside], item[inside] - first] += weight
+                made[mask[inside], item[inside] - first] += weight  # once, however often it was there
             return made
         return scores
 

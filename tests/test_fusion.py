@@ -35,7 +35,7 @@ def holdout():
 
 
 def test_features_are_what_they_are_called(model):
-    history = [[4, 7, 4, 1], [5]]
+    history = [[4, 7, 4, 1], [5]]  # one item twice
     (batch,) = evaluation_batches(Sequences.from_lists(history), np.array([9, 2]), ITEMS, 8)
     fused = Fused(model)
     found = dict(zip(fused.names, fused.features(batch).detach()))
@@ -49,6 +49,8 @@ def test_features_are_what_they_are_called(model):
         assert found["the last item"][user].nonzero().flatten().tolist() == [items[-1]]
         assert found["any item"][user].nonzero().flatten().tolist() == sorted(set(items))
     torch.testing.assert_close(found["logits"], model.score(batch))
+    fused.weights = torch.randn(len(fused.names))
+    torch.testing.assert_close(fused.score(batch), torch.tensordot(fused.weights, fused.features(batch), 1))
 
 
 def test_masks_inside_a_sequence_see_what_stands_before_them_only():
@@ -70,6 +72,16 @@ def test_what_never_comes_again_is_ruled_out_and_the_likelihood_is_at_its_highes
     (gradient,) = torch.autograd.grad(loss, weights)
     assert gradient.abs().max() < 0.02
     assert loss < torch.nn.functional.cross_entropy(features[0], batch.targets)
+
+
+def test_a_step_that_goes_too_far_is_halved(holdout):
+    torch.manual_seed(0)
+    sure = FlareModel(FlareConfig(n_items=ITEMS, max_len=8, hidden_size=16, heads=2, ffn_size=32, layers=1)).eval()
+    with torch.no_grad(): sure.output_bias.normal_(std=8)  # and wrong
+    fused = fuse(sure, holdout, 8)
+    (batch,) = evaluation_batches(holdout.history, holdout.targets, ITEMS, 8)
+    with torch.no_grad(): logits = torch.tensordot(fused.weights, fused.features(batch), 1)
+    assert torch.nn.functional.cross_entropy(logits, batch.targets) < np.log(ITEMS)  # better than to know nothing
 
 
 def test_a_slice_is_a_part_of_the_whole(model, holdout):
