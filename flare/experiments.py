@@ -174,7 +174,7 @@ def run(
             metrics = {part: r.metrics() for part, r in ranks.items()}
             heard = voice and HearingTest(ready, voice, data, parts, max_len=max_len).run()
             if heard: metrics, cost = metrics | heard.results, cost | heard.latency()
-            if isinstance(ready, Fused): metrics["fusion"] = ready.worth
+            if isinstance(ready, Fused): metrics["fusion"] = ready.named_weights
             lists = traces(ready, voice, data, parts, max_len)
             record = Record(experiment, model, seed, asked, complete, about, metrics, cost, environment(root), code)
             beside = {".heard.parquet": heard and heard.to_parquet()} | {ending: table.to_parquet(compression="zstd", index=False) for ending, table in

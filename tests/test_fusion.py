@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from flare.experiments import run
-from flare.fusion import Fused, FusionConfig, fuse, seen_before
+from flare.fusion import Fused, FusionConfig, fuse, earlier_items
 from flare.masking import TrainingBatches, evaluation_batches
 from flare.models import FlareConfig, FlareModel
 from flare.records import TAUGHT, code_digest, configs, parameters_of, read_record, staleness
@@ -56,7 +56,7 @@ def test_features_are_what_they_are_called(model):
 def test_masks_inside_a_sequence_see_what_stands_before_them_only():
     sequences = Sequences.from_lists([np.arange(6), np.arange(6, 13)])
     for batch in TrainingBatches(sequences, ITEMS, 2, 10, 32, 0.5, 0.0, None, 0).epoch(0):
-        mask, item, back = (x.numpy() for x in seen_before(batch, ITEMS))
+        mask, item, back = (x.numpy() for x in earlier_items(batch, ITEMS))
         targets = batch.targets.numpy()[mask]
         assert len(item) and (item < targets).all() and (targets - item == back).all()
         assert ((item < 6) == (targets < 6)).all() and not set(item) & set(batch.targets.tolist())
