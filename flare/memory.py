@@ -93,6 +93,7 @@ def plan_memory(
     if text is not None:
         read = min(cells, config.n_items) * training.read_share  # contexts
         step += read * (2 * float(np.mean(text.counts)) * text.width + 12 * config.perceiver_layers * config.latents * config.perceiver_size)
+        step += (masks >= 2 * d and not config.rivals) * config.n_items * d  # ids and contexts, added up
     piece = min(config.n_items, 2**12)
     users = min(256, 2**22 // piece)
     scores = 3 * users * piece + users * training.max_len * (8 * d + 2 * config.ffn_size)

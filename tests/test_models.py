@@ -7,7 +7,7 @@ import torch
 
 from flare import models
 from flare.masking import cloze_mask, collate, evaluation_batches
-from flare.models import ByDistance, FlareConfig, FlareModel, attention_bias, starting_bias
+from flare.models import AddContexts, ByDistance, FlareConfig, FlareModel, attention_bias, starting_bias
 from flare.sequences import Sequences
 from flare.text import TokenStates
 from watch import Watch
@@ -245,17 +245,36 @@ def test_rivals_are_for_training_only():
     with pytest.raises(ValueError, match="rivals is -1"): FlareConfig(**SMALL, rivals=-1)
 
 
-@pytest.mark.parametrize("fields", [SMALL, FLARE, FLARE | {"output_tie": "id"}])
-def test_a_step_has_one_array_of_the_size_of_the_table(fields):
+@pytest.mark.parametrize("fields, sequences, arrays", [(SMALL, 40, 1), (FLARE, 40, 2), (FLARE, 8, 1), (FLARE | {"output_tie": "id"}, 40, 1)],
+                         ids=["ids", "many masks", "few masks", "tied to ids"])
+def test_a_step_has_the_gradient_of_the_table_and_where_it_pays_its_sum_with_the_contexts(fields, sequences, arrays):
     fields = fields | {"n_items": 400_000, "output_bias": False}  # so many that the loss walks through them
     model = FlareModel(FlareConfig(**fields)).train()
-    batch = random_batch(0, 64, random_text() if model.config.modalities else None)
+    batch = random_batch(0, 64, random_text() if model.config.modalities else None, sequences=sequences)
     for sparse in (False, True):
         if sparse: model.config.rivals = 40
         model.zero_grad()
         with Watch() as seen: sum(total for total, _ in model.loss(batch).values()).backward()
-        assert [n for n in seen.sizes() if n == model.item_embedding.weight.numel()] == ([] if sparse else [400_000 * 32])
+        assert [n for n in seen.sizes() if n == model.item_embedding.weight.numel()] == ([] if sparse else [400_000 * 32] * arrays)
         assert model.item_embedding.weight.grad.is_sparse == sparse
+
+
+@pytest.mark.parametrize("half", [False, True], ids=["float32", "bfloat16"])
+def test_where_states_and_texts_meet_makes_no_difference(half, monkeypatch):
+    monkeypatch.setattr(AddContexts, "piece", 16)
+    model, h, made = make(**FLARE), torch.randn(200, 32, requires_grad=True), []
+    with torch.no_grad(): model.project.weight.mul_(20)  # as much as the ids
+    for parts in ([h], h.split(40)):
+        model.zero_grad()
+        h.grad = None
+        with torch.autocast("cpu", torch.bfloat16, enabled=half):
+            pairs = [model.logits(part, model.item_embedding.weight) for part in parts]
+            logits = torch.cat([sum(states @ table.T for states, table in some) for some in pairs])
+        logits.float().square().sum().backward()
+        made.append([len(pairs[0]), logits.float(), h.grad, model.item_embedding.weight.grad, model.project.weight.grad])
+    assert [some[0] for some in made] == [1, 2]
+    for one, other in zip(*(some[1:] for some in made)):
+        torch.testing.assert_close(one, other, rtol=0, atol=float(other.detach().abs().max()) * (3e-2 if half else 1e-5))
 
 
 def test_dropped_ids_have_a_say_in_every_row():
