@@ -11,6 +11,7 @@ import re
 import time
 from collections.abc import Callable
 from functools import partial
+from hashlib import sha256
 from io import BytesIO
 from itertools import islice
 
@@ -45,9 +46,10 @@ class Remembering(nn.Module):
 
     def scorer(self, batch: Batch):
         "See `FlareModel.scorer`."
-        if batch.states is not None: return self.model.scorer(batch)  # there is more to read than the histories
-        key = tuple(part.numpy(force=True).tobytes() for part in (batch.items, batch.segment, batch.contexts))
-        if key not in self.kept:
+        seen = sha256()
+        for part in (batch.items, batch.segment, batch.contexts, batch.context_index, batch.states, batch.counts):
+            if part is not None: seen.update(f"{tuple(part.shape)}".encode() + part.numpy(force=True).tobytes())
+        if (key := seen.digest()) not in self.kept:
             if len(self.kept) == self.most: del self.kept[next(iter(self.kept))]  # the oldest
             self.kept[key] = self.model.scorer(batch)
         return self.kept[key]
