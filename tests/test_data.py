@@ -11,9 +11,10 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from flare.data import (READERS, Catalogue, Dataset, Sequences, clean, data_root, leave_one_out, load_dataset, norepeat,
+from flare.data import (READERS, Catalogue, Dataset, Sequences, data_root, leave_one_out, load_dataset, norepeat,
                         read_large, read_lcrec, read_movielens, read_recformer, recbole_folder, statistics_table,
                         unseen_users)
+from flare.files import clean
 
 needs_data = pytest.mark.skipif(data_root() is None, reason="FLARE_DATA is not set: the research sets are not at hand")
 

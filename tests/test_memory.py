@@ -15,9 +15,10 @@ TRAINING = """
 import sys, torch
 from pathlib import Path
 from flare.benchmark import generated_events, random_states
-from flare.data import leave_one_out, to_catalogue, to_events
+from flare.data import leave_one_out
 from flare.memory import plan_memory
 from flare.models import FlareConfig, FlareModel
+from flare.tables import to_catalogue, to_events
 from flare.trainer import TrainConfig, Trainer
 import pandas as pd
 
