@@ -42,7 +42,7 @@ class Drop(torch.autograd.Function):
     ) -> Tensor:  # like x
         "Some of it."
         draws = torch.empty((x.numel() + 7) // 8, dtype=torch.int64, device=x.device).random_(-(2**63), None)  # 8 bytes each
-        keep = (draws.view(torch.uint8)[: x.numel()].view(x.shape) >= dropped).view(torch.int8)  # 0 or 1; a bool would convert slowly
+        keep = draws.view(torch.uint8)[: x.numel()].view(x.shape).ge_(dropped)  # 0 or 1, in place: a bool would be made and converted slowly
         keep = keep.to(x.dtype).mul_(256 / (256 - dropped))
         ctx.save_for_backward(keep)
         return x * keep
