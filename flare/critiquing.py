@@ -4,14 +4,15 @@
 
 # %% auto #0
 __all__ = ['DEPTH', 'BETWEEN', 'FORMS', 'Categories', 'whole', 'ending', 'words', 'named', 'misspelt', 'worn', 'form_of',
-           'each_once', 'spoken', 'CritiqueConfig', 'critiques_of', 'mutate', 'silenced', 'checked_strength', 'Guided',
-           'Filtered', 'matching']
+           'each_once', 'check_users', 'spoken', 'CritiqueConfig', 'critiques_of', 'mutate', 'silenced',
+           'checked_strength', 'Guided', 'Filtered', 'matching']
 
 # %% ../nbs/15_critiquing.ipynb #baf7742b
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sized
 from dataclasses import dataclass, replace
 from functools import partial
+from numbers import Real
 from typing import NamedTuple
 
 import bm25s
@@ -118,10 +119,24 @@ def form_of(
 def each_once(
     strings: Iterable[str],  # (n,) what each user says, "" or white space for nothing
 ) -> tuple[np.ndarray, list[str]]:  # (n,) place of each among the distinct ones, -1 where nothing is said; and these
-    "What is said, each string once."
-    said = pd.Series(list(strings), dtype=object).str.strip()
+    "What is said, each string once. Raises ValueError on what is no list of strings, or no text."
+    if isinstance(strings, str): raise ValueError(f"{strings!r} is one string; give a list of what each user says")
+    strings = list(strings)
+    for user, string in enumerate(strings):
+        if not isinstance(string, str): raise ValueError(f"user {user} says {string!r}; a critique is a string")
+    try: "".join(strings).encode()
+    except UnicodeEncodeError as error: raise ValueError(f"a critique holds half a character, {error.object[error.start]!r}; decode it with errors='replace'") from error
+    said = pd.Series(strings, dtype=object).str.strip()
     asked, distinct = pd.factorize(said.where(said != "", None))
     return asked, list(distinct)
+
+
+def check_users(
+    *said: Sized,  # (n,) what each user says, several times
+):
+    "Raises ValueError where what is said at once is not of the same users."
+    if len(users := {*map(len, said)}) > 1:
+        raise ValueError(f"critiques of {' and of '.join(map(str, sorted(users)))} users cannot be said at once: \"\" is for who says nothing")
 
 
 def spoken(
@@ -171,6 +186,7 @@ def mutate(
 ) -> np.ndarray:  # (users,) another precise category; -1 where there is none
     "Another valid category, the same above `level`. Raises ValueError on a level that does not exist."
     codes = categories.codes
+    if not len(codes): return np.full(len(wanted), -1)
     if not 1 <= level <= codes.shape[1]: raise ValueError(f"level is {level}; it must be between 1 and {codes.shape[1]}")
     parent = codes[:, level - 2] if level > 1 else np.zeros(len(codes), np.int64)
     own = codes[:, level - 1]
@@ -205,7 +221,7 @@ def checked_strength(
     strength: float,
 ) -> float:
     "Raises ValueError on one that is no number of a reasonable size."
-    if not abs(strength) <= 100: raise ValueError(f"the strength is {strength}; give a number between -100 and 100, usually between 0 and 4")
+    if not isinstance(strength, Real) or not abs(strength) <= 100: raise ValueError(f"the strength is {strength!r}; give a number between -100 and 100, usually between 0 and 4")
     return strength
 
 
@@ -262,9 +278,10 @@ def matching(
     how: str = "exact",  # the beginning of the category path, or "bm25": the paths that BM25 finds most alike
     depth: int | None = None,  # of an exact match: its first levels, no more and no less, are the critique; None: any
 ) -> Tensor:  # (Q, V) bool; a critique that matches nothing lets everything through
-    "The items that a filter without language would let through."
+    "The items that a filter without language would let through. Raises ValueError on a way that does not exist."
     beginnings = [np.array(catalogue.category_path(levels)) for levels in ([depth] if depth else range(1, DEPTH + 1))]
-    if how == "exact": allowed = np.any([np.array(strings)[:, None] == paths for paths in beginnings], axis=0)
+    if how not in ("exact", "bm25"): raise ValueError(f"how is {how!r}; choose exact or bm25")
+    if how == "exact" or not any(beginnings[-1]): allowed = np.any([np.array(strings)[:, None] == paths for paths in beginnings], axis=0)
     else:
         known = np.array(sorted({*beginnings[-1]} - {""}))
         index = bm25s.BM25()

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from .critiquing import BETWEEN, DEPTH, FORMS, Categories, checked_strength, each_once, form_of, silenced
+from .critiquing import BETWEEN, DEPTH, FORMS, Categories, check_users, checked_strength, each_once, form_of, silenced
 from .masking import Batch
 from .models import FlareModel
 from .sequences import Catalogue
@@ -37,7 +37,8 @@ class ListenConfig:
     listener_rate: float = 1e-3  # learning rate at its highest; it rises in the first 50 steps and falls to zero like a cosine
     listener_weight_decay: float = 0.01
     listener_slips: float = 1e-4  # how often the catalogue's own words are said of an item that they do not fit
-    listener_above: float = 0.1  # how often an item is called by the name of something above it, for once by one of its own
+    listener_above: float = 0.01  # how often an item is called by the name of something above it, for once by one of its own
+    listener_trust: float = 0.5  # what a guess counts, of what the towers say it should
 
     def __post_init__(self):
         for name in ("listener_sayings", "listener_width", "listener_steps", "listener_critiques", "listener_items"):
@@ -46,6 +47,7 @@ class ListenConfig:
         for name in ("listener_slips", "listener_above"):
             if not 0 < getattr(self, name) < 1: raise ValueError(f"ListenConfig.{name} is {getattr(self, name)}; it must be between 0 and 1")
         if self.listener_above < self.listener_slips: raise ValueError(f"ListenConfig.listener_above is {self.listener_above}; it must be at least listener_slips, {self.listener_slips}")
+        if not 0 < self.listener_trust <= 1: raise ValueError(f"ListenConfig.listener_trust is {self.listener_trust}; it must be above 0 and at most 1")
         if not self.listener_forms: raise ValueError(f"ListenConfig.listener_forms is empty; choose among {', '.join(FORMS)}")
         for form in self.listener_forms: form_of(form)
 
@@ -80,7 +82,7 @@ class Listener(nn.Module):
         self.of_critiques, self.of_items = Tower(size, config.listener_width), Tower(2 * size, config.listener_width)
         with torch.no_grad(): self.of_items.straight.weight.copy_(nn.init.orthogonal_(self.of_critiques.straight.weight).repeat(1, 2))
         self.scale = nn.Parameter(torch.tensor(2.5))  # the logarithm of what a perfect fit counts
-        self.slips, self.above = config.listener_slips, config.listener_above
+        self.slips, self.above, self.trust = config.listener_slips, config.listener_above, config.listener_trust
         self.register_buffer("items", torch.zeros(0, config.listener_width))  # of the catalogue, (V, width), once it is taught
         self.register_buffer("own", torch.zeros(0, 0, dtype=torch.int32))  # (ways, V) numbers in `known`, see `remember`
         self.register_buffer("typical", torch.zeros(0, config.listener_width))  # of the items that each of the known words fits
@@ -110,14 +112,14 @@ class Listener(nn.Module):
         items: slice,  # of the catalogue
     ) -> Tensor:  # (M, items) log p(q | v), up to a number for each wish
         "How probable it is that this is said of each item: known where the words are the catalogue's own, guessed where they are not."
-        guess = wishes @ self.items[items].T
-        if (known < 0).all(): return guess
+        fits = wishes @ self.items[items].T
+        if (known < 0).all(): return self.trust * fits
         words, place = known.unique(return_inverse=True)
-        times = torch.zeros(len(words), guess.shape[1], device=guess.device)  # how often the words are said of each item
+        times = torch.zeros(len(words), fits.shape[1], device=fits.device)  # how often the words are said of each item
         for way, often in zip(self.own[:, items], self.often): times += often * (words[:, None] == way)
         usual = (wishes * self.typical[known]).sum(1, keepdim=True)
-        wrong = math.log(self.slips) + (guess - usual).clamp(max=0)  # the more alike, the sooner
-        return torch.where(known[:, None] < 0, guess, torch.where((times > 0)[place], times.log()[place], wrong))
+        wrong = math.log(self.slips) + (fits - usual).clamp(max=0)  # the more alike, the sooner
+        return torch.where(known[:, None] < 0, self.trust * fits, torch.where((times > 0)[place], times.log()[place], wrong))
 
 # %% ../nbs/16_listening.ipynb #55faee90
 VARIED = ("words", "worn")  # forms of critique that are other strings in every version
@@ -181,8 +183,9 @@ def teach(
     seed: int = 0,
     progress: bool = False,  # show how far it is
 ) -> Listener:
-    "Teach a listener what can be said about the items of a catalogue. Raises ValueError where the model reads no texts, or there is nothing to say."
+    "Teach a listener what can be said about the items of a catalogue. Raises ValueError where the model reads no texts or is of another catalogue, or there is nothing to say."
     if not model.config.modalities: raise ValueError("the model reads no texts, so it cannot be taught to listen: give it modalities=('text',)")
+    if len(catalogue) != model.config.n_items: raise ValueError(f"the catalogue has {len(catalogue)} items and the model {model.config.n_items}: give the one that the model was trained on")
     strings, codes, form = sayings(catalogue, config)
     heard, own = read_strings(model, strings, encoder, progress=progress), read_strings(model, catalogue.category_path(DEPTH), encoder)
     items, device = torch.cat([model.context_table.rows.float(), own], 1), own.device  # (V, 2 f)
@@ -236,7 +239,8 @@ def hear(
 def together(
     *said: tuple[np.ndarray, Wishes],  # from `hear`, of the same users
 ) -> tuple[np.ndarray, Wishes]:  # the same, of all they say
-    "Several critiques of each user at once."
+    "Several critiques of each user at once. Raises ValueError where they are not of the same users."
+    check_users(*(asked for asked, _ in said))
     heard = [wishes for _, wishes in said]
     first = np.cumsum([0, *(len(wishes.vectors) for wishes in heard[:-1])])
     codes, asked = np.unique(np.stack([np.where(asked < 0, -1, asked + start) for (asked, _), start in zip(said, first)]), axis=1, return_inverse=True)
