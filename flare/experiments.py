@@ -23,11 +23,11 @@ import torch
 from filelock import FileLock
 
 from .critiquing import CritiqueConfig, critiques_of
-from .data import READERS, Catalogue, Dataset, Split, load_dataset, norepeat
+from .data import READERS, Catalogue, Dataset, Holdout, Split, load_dataset, norepeat
 from .files import write_text
 from .fusion import Fused, FusionConfig, fuse
 from .hearing import HearingTest, hearing_voice, listening_voice, traces
-from .listening import ListenConfig, sayings, teach
+from .listening import ListenConfig, calibrate, sayings, teach
 from .memory import plan_memory
 from .metrics import METRICS, Ranks, evaluate, paired_bootstrap
 from .models import FlareConfig, FlareModel
@@ -73,6 +73,7 @@ def check_memory(
 def voice_of(
     model: FlareModel,  # trained
     catalogue: Catalogue,
+    validation: Holdout,  # whom a listener's guesses are measured by
     reading: TextConfig | None,
     added: object,  # what the model has beyond Flare, see `configs`
     seed: int,
@@ -82,7 +83,9 @@ def voice_of(
     if isinstance(added, CritiqueConfig): return hearing_voice(model, reading, added.masked_text)
     if isinstance(added, ListenConfig):
         encoder = Encoder(reading)
-        return listening_voice(model, teach(model, catalogue, encoder, added, seed, progress), encoder)
+        listener = teach(model, catalogue, encoder, added, seed, progress)
+        calibrate(listener, model, catalogue, validation, encoder, model.config.max_len)
+        return listening_voice(model, listener, encoder)
 
 # %% ../nbs/21_experiments.ipynb #636adc14
 def build(
@@ -112,7 +115,7 @@ def build(
     critiques = critiques_of(dataset.catalogue, added, reading, progress) if isinstance(added, CritiqueConfig) else None
     result, taught = train(made, split, training, folder, progress, text, critiques), time.perf_counter()
     if isinstance(added, FusionConfig): made = fuse(made, split.validation, config.max_len, added, seed)
-    voice = voice_of(made, dataset.catalogue, reading, added, seed, progress)
+    voice = voice_of(made, dataset.catalogue, split.validation, reading, added, seed, progress)
     cost = {"epochs": result.epochs, "steps": result.steps, "train_seconds": result.train_seconds, "eval_seconds": result.eval_seconds,
             "peak_memory_mb": result.peak_memory_mb, "trainable_parameters": sum(p.numel() for p in made.parameters() if p.requires_grad)}
     if voice or isinstance(added, FusionConfig): cost["teach_seconds"] = time.perf_counter() - taught

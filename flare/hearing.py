@@ -21,7 +21,7 @@ from fastcore.basics import patch
 from torch import Tensor, nn
 
 from .baselines.popularity import Popularity
-from .critiquing import BETWEEN, DEPTH, FORMS, Categories, Filtered, Guided, each_once, matching, misspelt, mutate, spoken
+from .critiquing import BETWEEN, DEPTH, FORMS, Categories, Filtered, Guided, check_users, each_once, matching, misspelt, mutate, spoken
 from .listening import Listener, Listening, hear, together
 from .masking import Batch, Critiques, evaluation_batches
 from .metrics import METRICS, Ranks, cat_ndcg, evaluate, evaluating
@@ -72,6 +72,7 @@ def hearing_voice(model: FlareModel, reading: TextConfig, masked_text: str) -> C
 
     def answer(*said: list[str]) -> Answer:
         "Who answers."
+        check_users(*said)
         return partial(Guided, silent), *spoken([", ".join(filter(None, strings)) for strings in zip(*said)], reading, masked_text)
     return answer
 
@@ -84,7 +85,8 @@ def scores_of(
     asked: np.ndarray | None = None,  # (1,) see `evaluate`
     said: Critiques | None = None,
 ) -> Tensor:  # (V,) float32
-    "What a model makes of every item, for one user."
+    "What a model makes of every item, for one user. Raises ValueError on an item that does not exist."
+    if strange := [item for item in history if not 0 <= item < n_items]: raise ValueError(f"the history has item {strange[0]}; items are numbered 0 to {n_items - 1}")
     (batch,) = evaluation_batches(Sequences.from_lists([history]), np.array([-1]), n_items, max_len, critiques=asked, said=said)
     with evaluating(rival): return rival.scorer(batch)(slice(0, n_items))[0].float().cpu()
 
@@ -146,7 +148,8 @@ def wear(
     rule: str,  # one of WEAR
     seed: int = 0,
 ) -> list[str]:  # (items,) "" where the rule has nothing to say
-    "What the rule makes of each item's precise category."
+    "What the rule makes of each item's precise category. Raises ValueError on a rule that does not exist."
+    if rule not in WEAR: raise ValueError(f"there is no rule {rule!r}; choose one of {', '.join(WEAR)}")
     rng, categories = np.random.default_rng([seed, 2]), Categories.of(catalogue)
     said = [WEAR[rule](path, rng) for path in categories.paths]
     return categories.spread(["" if text == BETWEEN.join(path) else text for text, path in zip(said, categories.paths)])
@@ -155,11 +158,11 @@ def wear(
 RULES = {  # by the first level of the category: what is said, and what an item's text must have
     "Office Products": {"waterproof": r"water[- ]?(?:proof|resist)", "made from recycled material": r"recycl", "for left-handed people": r"left[- ]hand",
                         "for printing photos": r"photo", "something to cut paper with": r"scissor|trimmer|paper cutter|shears", "wireless": r"wireless|wi-?fi|cordless|bluetooth",
-                        "for children": r"\bkids?\b|child", "heavy duty": r"heavy[- ]duty", "magnetic": r"magnet"},
+                        "for children": r"\bkids?\b|child", "heavy duty": r"heavy[- ]duty", "magnetic": r"magnet", "something from Avery": r"\bavery\b"},
     "Industrial & Scientific": {"waterproof": r"water[- ]?(?:proof|resist)", "made of stainless steel": r"stainless", "glows in the dark": r"glow", "for the kitchen": r"kitchen|food|cooking",
-                                "to measure how warm it is": r"thermomet|temperature", "runs on batteries": r"batter(?:y|ies)", "transparent": r"transparent|\bclear\b", "magnetic": r"magnet", "against germs": r"antibacterial|steril|disinfect|germ"},
+                                "to measure how warm it is": r"thermomet|temperature", "runs on batteries": r"batter(?:y|ies)", "transparent": r"transparent|\bclear\b", "magnetic": r"magnet", "against germs": r"antibacterial|steril|disinfect|germ", "something from 3M": r"\b3m\b"},
     "Video Games": {"wireless": r"wireless|bluetooth", "racing cars": r"\brac(?:e|ing)\b", "zombies": r"zombie", "for small children": r"\bkids?\b|child|disney|lego", "football": r"fifa|madden|football|soccer",
-                    "charges the batteries": r"charg", "set in the second world war": r"world war|\bwwii\b|call of duty", "dancing": r"danc", "headphones": r"headset|headphone"}}
+                    "charges the batteries": r"charg", "set in the second world war": r"world war|\bwwii\b|call of duty", "dancing": r"danc", "headphones": r"headset|headphone", "something from Sony": r"\bsony\b"}}
 
 # %% ../nbs/17_hearing.ipynb #e298cb11
 def whole_texts(
@@ -255,9 +258,9 @@ def compare(
     depth: int,  # levels of it
 ) -> dict[str, Ranks]:  # by name of the result
     "All rivals, and the model at all strengths."
-    rivals, asked = self.filters(strings, depth=depth)
+    (rivals, asked), untold = self.filters(strings, depth=depth), self.filters(strings)[0]["filter, silent"]
     at, heard, read = self.voice(strings)
-    answers = {"silent": (self.silent, None, None), **{rival: (model, asked, None) for rival, model in rivals.items()},
+    answers = {"silent": (self.silent, None, None), **{rival: (model, asked, None) for rival, model in rivals.items()}, "filter untold, silent": (untold, asked, None),
                **{f"listens {strength:g}": (at(strength), heard, read) for strength in STRENGTHS}}
     return {f"{said}|{name}": self.judge(f"{said}|{name}", *answer, asked >= 0, wanted) for name, answer in answers.items()}
 
@@ -294,11 +297,11 @@ def worn(self: HearingTest, seed: int = 0):
         strings = self.of_targets(wear(self.dataset.catalogue, rule, seed))
         at, asked, read = self.voice(strings)
         if not (who := asked >= 0).any(): continue
-        self.judge(f"{rule}|listens", at(1.0), asked, read, who)
-        self.judge(f"{rule}|silent", self.silent, who=who)
+        answers = {"listens": (at(1.0), asked, read), "silent": (self.silent, None, None)}
         for how in ("exact", "bm25"):
             rivals, asked = self.filters(strings, how)
-            for rival, model in rivals.items(): self.judge(f"{rule}|{how} {rival}", model, asked, None, who)
+            answers |= {f"{how} {rival}": (model, asked, None) for rival, model in rivals.items()}
+        self.ranks |= {f"{rule}|{name}": self.judge(f"{rule}|{name}", *answer, who) for name, answer in answers.items()}
 
 # %% ../nbs/17_hearing.ipynb #148fea23
 @patch
@@ -356,7 +359,7 @@ def run(self: HearingTest) -> "HearingTest":
 
 @patch
 def to_parquet(self: HearingTest) -> bytes:
-    "The pessimistic ranks behind table 4, a column each; 0 for users who could not say anything."
+    "The pessimistic ranks behind table 4 and the curve of wear, a column each; 0 for users who could not say anything."
     columns = {"user": self.test.users}
     for name, ranks in self.ranks.items():
         column = np.zeros(len(self.test), np.int32)
@@ -386,12 +389,15 @@ def traces(
     by_size, wishes = np.argsort(-categories.sizes, kind="stable"), {}
     for user in chosen:
         taken, coming = own[histories[user][-recent:]], own[targets[user]]
-        present = next(category for category in taken[::-1] if category >= 0)
+        last, present = next((item, category) for item, category in zip(histories[user][::-1], taken[::-1]) if category >= 0)
         elsewhere = next((category for category in by_size if category not in (*taken, coming)), present)
-        full = BETWEEN.join(catalogue.table["category"].iat[targets[user]])
-        free = next(iter(RULES.get(categories.paths[coming][0], ())), "")
+        path = categories.paths[present]
+        within = (categories.paths[category] for category in by_size if category != present and categories.paths[category][: len(path)] == path)
+        full = catalogue.table["category"].iat[last]
+        narrower = full if len(full) > len(path) else next(within, ())
+        free = list(RULES.get(categories.paths[coming][0], [""]))
         for kind, said in {"nothing": "", "what comes next": named[coming], "in the history": named[present], "not in the history": named[elsewhere],
-                           "broadened": BETWEEN.join(categories.paths[present][:2]), "narrowed": full, "no category": free}.items():
+                           "broadened": BETWEEN.join(path[:2]), "narrowed": BETWEEN.join(narrower), "no category": free[len(wishes.get("no category", ())) % len(free)]}.items():
             wishes.setdefault(kind, []).append(said)
     rows = [(user, kind, "", item) for user in chosen for kind, items in (("history", histories[user][-recent:]), ("next", targets[[user]])) for item in items]
     part = Holdout(split.test.users[chosen], histories.take(chosen), targets[chosen])
@@ -399,7 +405,7 @@ def traces(
         if kind != "nothing" and voice is None: continue
         at, asked, read = (lambda strength: model, None, None) if kind == "nothing" else voice(strings)
         lists = evaluate(at(1.0), part, split.n_items, max_len, top=top, critiques=asked, said=read).top
-        rows += [(user, kind, said, item) for user, said, items in zip(chosen, strings, lists) for item in items]
+        rows += [(user, kind, said, item) for user, said, items in zip(chosen, strings, lists) if said or kind == "nothing" for item in items]
     found = pd.DataFrame(rows, columns=["user", "kind", "said", "item"])
     found["place"] = found.groupby(["user", "kind"], sort=False).cumcount() + 1
     table = catalogue.table.iloc[found["item"].astype(int)]

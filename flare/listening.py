@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['VARIED', 'ListenConfig', 'Tower', 'Listener', 'read_strings', 'sayings', 'own_words', 'teach', 'Wishes', 'hear',
-           'together', 'Listening']
+           'together', 'Listening', 'calibrate']
 
 # %% ../nbs/16_listening.ipynb #5f192b5d
 import math
@@ -19,9 +19,10 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from .critiquing import BETWEEN, DEPTH, FORMS, Categories, check_users, checked_strength, each_once, form_of, silenced
-from .masking import Batch
+from .masking import Batch, evaluation_batches
+from .metrics import evaluating
 from .models import FlareModel
-from .sequences import Catalogue
+from .sequences import Catalogue, Holdout
 from .text import Encoder
 
 # %% ../nbs/16_listening.ipynb #f73fa6a5
@@ -38,7 +39,6 @@ class ListenConfig:
     listener_weight_decay: float = 0.01
     listener_slips: float = 1e-4  # how often the catalogue's own words are said of an item that they do not fit
     listener_above: float = 0.01  # how often an item is called by the name of something above it, for once by one of its own
-    listener_trust: float = 0.5  # what a guess counts, of what the towers say it should
 
     def __post_init__(self):
         for name in ("listener_sayings", "listener_width", "listener_steps", "listener_critiques", "listener_items"):
@@ -47,7 +47,6 @@ class ListenConfig:
         for name in ("listener_slips", "listener_above"):
             if not 0 < getattr(self, name) < 1: raise ValueError(f"ListenConfig.{name} is {getattr(self, name)}; it must be between 0 and 1")
         if self.listener_above < self.listener_slips: raise ValueError(f"ListenConfig.listener_above is {self.listener_above}; it must be at least listener_slips, {self.listener_slips}")
-        if not 0 < self.listener_trust <= 1: raise ValueError(f"ListenConfig.listener_trust is {self.listener_trust}; it must be above 0 and at most 1")
         if not self.listener_forms: raise ValueError(f"ListenConfig.listener_forms is empty; choose among {', '.join(FORMS)}")
         for form in self.listener_forms: form_of(form)
 
@@ -82,7 +81,8 @@ class Listener(nn.Module):
         self.of_critiques, self.of_items = Tower(size, config.listener_width), Tower(2 * size, config.listener_width)
         with torch.no_grad(): self.of_items.straight.weight.copy_(nn.init.orthogonal_(self.of_critiques.straight.weight).repeat(1, 2))
         self.scale = nn.Parameter(torch.tensor(2.5))  # the logarithm of what a perfect fit counts
-        self.slips, self.above, self.trust = config.listener_slips, config.listener_above, config.listener_trust
+        self.slips, self.above = config.listener_slips, config.listener_above
+        self.trust = 1.0  # what a guess counts, of what the towers say it should; see `calibrate`
         self.register_buffer("items", torch.zeros(0, config.listener_width))  # of the catalogue, (V, width), once it is taught
         self.register_buffer("own", torch.zeros(0, 0, dtype=torch.int32))  # (ways, V) numbers in `known`, see `remember`
         self.register_buffer("typical", torch.zeros(0, config.listener_width))  # of the items that each of the known words fits
@@ -272,3 +272,31 @@ class Listening(nn.Module):
                 made = made.addcmul(fits, (critique >= 0)[:, None].to(fits), value=self.strength)
             return made
         return scores
+
+# %% ../nbs/16_listening.ipynb #ff66253e
+def calibrate(
+    listener: Listener,  # taught; its `trust` is set
+    model: FlareModel,
+    catalogue: Catalogue,
+    holdout: Holdout,  # of validation users
+    encoder: Encoder,  # that the texts were read with
+    max_len: int = 50,  # most recent items that the model is shown
+    version: int = 1000,  # of what is said; one that was not heard while it learned
+    most: int = 2**24,  # scores that are made, which is users times items
+):
+    "Fit how far a guess is trusted to users whose next item is known. Who says nothing, or what is known, does not count; where nobody is left, `trust` stays as it was."
+    strings = form_of("worn")(catalogue, version)
+    users = np.random.default_rng(0).permutation(len(holdout))[: max(1, most // len(catalogue))]
+    users = users[[0 < len(said := strings[target].strip()) and said.casefold() not in listener.known for target in holdout.targets[users]]]
+    if not len(users): return
+    targets, (asked, wishes) = holdout.targets[users], hear(model, listener, [strings[target] for target in holdout.targets[users]], encoder)
+    with evaluating(model):
+        batches = evaluation_batches(holdout.history.take(users), targets, len(catalogue), max_len)
+        silent = torch.cat([model.scorer(batch)(slice(0, len(catalogue))).float() for batch in batches])  # (users, V)
+        fits = (wishes.vectors @ listener.items.T)[torch.from_numpy(asked).to(silent.device)]
+        own = fits.gather(1, torch.from_numpy(targets).to(fits.device)[:, None])[:, 0]
+        for _ in range(8):
+            likely = torch.softmax(silent + listener.trust * fits, 1)
+            mean = (likely * fits).sum(1)
+            variance = (likely * fits.square()).sum(1) - mean.square()
+            listener.trust = min(1.0, max(0.0, listener.trust + float((own - mean).mean() / variance.mean())))
