@@ -1,4 +1,4 @@
-"The panel as somebody sees it: JupyterLab in a headless Chromium. Skipped where there is none; FLARE_CHROMIUM names one."
+"The panel of chapter 26 as somebody sees it: JupyterLab in a headless Chromium. Skipped where there is none; FLARE_CHROMIUM names one."
 import asyncio
 import json
 import os
@@ -10,31 +10,14 @@ import time
 from pathlib import Path
 from urllib.request import Request, urlopen
 
-import nbformat
 import pytest
 from tornado.websocket import websocket_connect
 
 CHROMIUM = os.environ.get("FLARE_CHROMIUM") or next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine; FLARE_CHROMIUM=/path/to/chromium")
 
-PANEL = """
-import numpy as np, pandas as pd, torch
-from torch import nn
-from flare.playground import Playground
-from flare.sequences import Catalogue, Dataset, Sequences
-
-class Shouts(nn.Module):
-    "Scores fall with the number of the item; who is told something turns them round, as strongly as is said."
-    def __init__(self, strength):
-        super().__init__()
-        self.strength = strength
-    def scorer(self, batch):
-        return lambda items: torch.arange(20.0)[items] * torch.where(batch.asked >= 0, self.strength, 0.0)[:, None] - 2 * torch.arange(20.0)[items]
-
-items = pd.DataFrame({"item": [str(i) for i in range(20)], "title": [f"thing {i}" for i in range(20)], "category": [("shop", "things")] * 20})
-shop = Dataset("shop", Catalogue(items), Sequences.from_lists([[1, 2, 3]]), np.array(["u"]), {})
-Playground(lambda said: (Shouts, np.array([0 if said[0] else -1]), None), shop, [3, 4])
-"""
+ROOT = Path(__file__).parents[1]
+CHAPTER = ROOT / "nbs/26_playground.ipynb"
 
 
 def until(done, seconds: float = 60, every: float = 0.2):
@@ -75,22 +58,29 @@ class Page:
         for kind in ("keyDown", "keyUp"): self.tell("Input.dispatchKeyEvent", type=kind, key=key, code=key, windowsVirtualKeyCode=code, text="\r" if key == "Enter" else "")
 
     def type(self, placeholder: str, text: str):
-        "Write into a field, then Enter."
-        assert self.value(f"document.querySelector('input[placeholder=\"{placeholder}\"]').focus() || true")
+        "Write into a field in the place of what it holds, then Enter."
+        assert self.value(f"document.querySelector('input[placeholder=\"{placeholder}\"]').select() || true")
         self.tell("Input.insertText", text=text)
         self.press("Enter", 13)
 
-    def titles(self) -> list[str]:
-        "The list on the page."
-        return self.value("[...document.querySelectorAll('.jp-OutputArea table tbody tr')].map(row => row.children[1].textContent)") or []
+    def column(self, number: int) -> list[str]:
+        "Of the list in the panel: 1 is the title, 2 the category, 4 the place in silence."
+        return self.value(f"[...document.querySelectorAll('.widget-html-content table tbody tr')].map(row => row.children[{number}].textContent)") or []
+
+    def text(self) -> str:
+        "What the panel shows."
+        return self.value("[...document.querySelectorAll('.widget-html-content')].map(part => part.textContent).join()") or ""
 
 
 @pytest.fixture
 def page(tmp_path):
-    "The notebook, opened in JupyterLab, in a browser."
-    nbformat.write(nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(PANEL)], metadata={"kernelspec": {"name": "python3", "display_name": "Python 3"}}), tmp_path / "panel.ipynb")
+    "The chapter, opened in JupyterLab, in a browser."
+    shutil.copy(CHAPTER, tmp_path)
     places = {name: str(tmp_path / name) for name in ("JUPYTER_CONFIG_DIR", "JUPYTER_DATA_DIR", "JUPYTERLAB_WORKSPACES_DIR", "JUPYTERLAB_SETTINGS_DIR")}
-    environment = os.environ | places | {"PYTHONPATH": str(Path(__file__).parents[1])}
+    settings = tmp_path / "JUPYTERLAB_SETTINGS_DIR/@jupyterlab/notebook-extension/tracker.jupyterlab-settings"
+    settings.parent.mkdir(parents=True)
+    settings.write_text('{"windowingMode": "none"}')  # or cells out of sight are not on the page
+    environment = os.environ | places | {"PYTHONPATH": str(ROOT)}
     lab = subprocess.Popen([sys.executable, "-m", "jupyterlab", "--no-browser", "--allow-root", "--expose-app-in-browser", "--ip=127.0.0.1", "--port=0", f"--ServerApp.root_dir={tmp_path}", "--IdentityProvider.token="],
                            cwd=tmp_path, env=environment, stdout=subprocess.DEVNULL, stderr=open(tmp_path / "lab.log", "w"))
     browser = subprocess.Popen([CHROMIUM, "--headless=new", "--no-sandbox", "--disable-gpu", "--remote-debugging-port=0", "--remote-allow-origins=*", "--window-size=1400,1000",
@@ -98,22 +88,30 @@ def page(tmp_path):
     try:
         address = until(lambda: re.search(r"http://127\.0\.0\.1:\d+", (tmp_path / "lab.log").read_text()))[0]
         port = until(lambda: re.search(r"ws://127\.0\.0\.1:(\d+)", (tmp_path / "browser.log").read_text()))[1]
-        yield Page(int(port), f"{address}/lab/tree/panel.ipynb")
+        yield Page(int(port), f"{address}/lab/tree/{CHAPTER.name}")
     finally:
         for process in (browser, lab):
             process.terminate()
             process.wait(20)
 
 
+@pytest.mark.timeout(600)
 def test_the_panel_is_used_in_a_browser(page):
-    until(lambda: page.value("window.jupyterapp?.shell.currentWidget?.sessionContext?.session?.kernel?.status === 'idle'"))
+    notebook = "window.jupyterapp?.shell.currentWidget"
+    until(lambda: page.value(f"{notebook}?.sessionContext?.session?.kernel?.status === 'idle'"))
     page.value("void window.jupyterapp.commands.execute('notebook:run-all-cells')")
-    until(lambda: page.titles() == [f"thing {i}" for i in range(10)])  # in silence
-    page.type("say what you want", "the last ones")
-    page.value("document.querySelector('.noUi-handle').focus()")
-    for _ in range(8): page.press("ArrowRight", 39)  # a quarter each: strength 3
-    until(lambda: page.titles() == [f"thing {i}" for i in range(19, 9, -1)])
-    page.type("part of a title", "thing 7")
+    until(lambda: page.value(f"{notebook}.content.widgets.at(-1).model.executionCount"), 480)  # a model is trained meanwhile
+    until(lambda: "choose an item first" in page.text())  # all is forgotten at the end of the chapter
+    page.type("part of a title", "blade runner")
     until(lambda: page.value("document.querySelector('.widget-select select').options.length") == 1)
     page.value("[...document.querySelectorAll('button')].find(button => button.textContent === 'into the history').click()")
-    until(lambda: page.value("[...document.querySelectorAll('.jp-OutputArea ol li')].map(item => item.textContent).join()") == "thing 3,thing 4,thing 7")
+    until(lambda: page.value("[...document.querySelectorAll('.widget-html-content ol li')].map(item => item.textContent).join()") == "Blade Runner")
+    until(lambda: len(page.column(1)) == 10)
+    children = lambda: sum("Children" in category or "Animation" in category for category in page.column(2))
+    assert children() < 5
+    page.type("say what you want", "animation for children")
+    until(lambda: children() >= 8)
+    page.value("document.querySelector('.noUi-handle').focus()")
+    for _ in range(8): page.press("ArrowLeft", 37)  # a quarter each: from strength 2 to none
+    until(lambda: page.column(4) == [str(place) for place in range(1, 11)])
+    assert children() < 5

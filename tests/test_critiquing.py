@@ -1,6 +1,7 @@
 "What a user says is heard where it was said, and nowhere else; and a list is judged as by hand."
 import re
 from dataclasses import replace
+from itertools import combinations
 
 import numpy as np
 import pandas as pd
@@ -168,6 +169,21 @@ def test_cat_ndcg_is_its_formula(paths, random):
         equals = np.concatenate([random.sample(list(best[gains[np.argsort(-gains, kind="stable")] == g]), int((gains == g).sum())) for g in sorted(set(gains), reverse=True)])
         better, same = (float(cat_ndcg(np.array([items]), codes[[user]], codes)[0]) for items in (best, equals))
         assert better >= value - 1e-12 and abs(better - same) < 1e-12
+
+
+@given(PATHS, st.randoms(use_true_random=False))
+@settings(deadline=None)
+def test_one_swap_that_brings_a_higher_gain_forward_never_lowers_cat_ndcg(paths, random):
+    codes, k = catalogue(paths).category_codes(4), min(5, len(paths))
+    users = [i for i in range(len(paths)) if paths[i]]
+    if not users or k < 2: return
+    top = random.sample(range(len(paths)), k)
+    for user in users:
+        gains = ((codes[top] == codes[user]) & (codes[user] >= 0)).sum(1)
+        swaps = [(i, j) for i, j in combinations(range(k), 2) if gains[j] >= gains[i]]
+        lists = np.array([top, *([top[{i: j, j: i}.get(place, place)] for place in range(k)] for i, j in swaps)])
+        value, *swapped = cat_ndcg(lists, codes[[user] * len(lists)], codes)
+        for (i, j), better in zip(swaps, swapped): assert better > value if gains[j] > gains[i] else abs(better - value) < 1e-12
 
 
 def test_a_perfect_list_has_one_and_nothing_asked_has_none():
