@@ -29,7 +29,7 @@ paper: pages  ## paper/main.pdf, or paper/main.html where there is no latexmk
 	if command -v latexmk > /dev/null; then cd paper && SOURCE_DATE_EPOCH=0 latexmk -pdf -interaction=nonstopmode -halt-on-error main.tex; \
 	else $(BIN)/$(PIP) pypandoc-binary==1.17 && \
 		pandoc=$$($(BIN)/python -c 'import pypandoc; print(pypandoc.get_pandoc_path())') && cd paper && \
-		$$pandoc main.tex --standalone --citeproc --bibliography refs.bib --mathml --variable maxwidth=64em --default-image-extension png --fail-if-warnings --output main.html; fi
+		$$pandoc main.tex --standalone --citeproc --bibliography refs.bib --mathml --include-in-header numbered.html --variable maxwidth=64em --default-image-extension png --fail-if-warnings --output main.html; fi
 
 readme: setup  ## README.md from nbs/index.ipynb
 	$(BIN)/jupyter nbconvert --to markdown nbs/index.ipynb --output-dir . --output README --TagRemovePreprocessor.enabled=True \

@@ -18,7 +18,7 @@ import torch
 from nbdev.test import _keep_file
 
 from flare import experiments, grid, records
-from flare.experiments import compared, over_seeds, read_records, run
+from flare.experiments import compared, of_its_time, over_seeds, read_records, run, verdict
 from flare.files import write_text
 from flare.grid import WHICH, Grid, answers, asked_of, changes, declared_parameters, make_points, read_yaml, run_grid
 from flare.metrics import Ranks
@@ -314,6 +314,14 @@ def test_a_point_is_answered_by_its_seeds_and_named_by_what_it_changes(shop, tmp
     assert found["other"].tolist() == ["other"] and found[["first", "second"]].values[0] == pytest.approx(means)
     assert found["difference"].item() == pytest.approx(means[0] - means[1]) and found["low"].item() <= found["difference"].item() <= found["high"].item()
     assert compared(records[:0], {"other": records}, {"MRR": "mrr"}, root).empty
+    assert found["verdict"].item() == verdict(found["low"].item(), found["high"].item()) and found["seeds"].item() == "2, 2"
+
+
+def test_what_is_stale_is_compared_with_what_is_stale():
+    now, older = pd.DataFrame({"stale": [False, False]}), pd.DataFrame({"stale": [True]})
+    assert of_its_time(now, now, older) is now and of_its_time(pd.concat([now, older]), now, older) is older
+    assert of_its_time(older, now, older[:0]).empty and of_its_time(now[:0], now, older) is now
+    assert [verdict(*interval) for interval in ((0.1, 0.2), (-0.2, -0.1), (-0.1, 0.1), (float("nan"), float("nan")))] == ["ahead", "behind", "no difference", "—"]
 
 
 def test_without_repeats_it_is_another_split(tmp_path):
@@ -487,6 +495,14 @@ def test_every_grid_can_be_run(file, monkeypatch):
     described = Grid.read(file)
     points = make_points(NOTEBOOKS / f"{described.notebook}.ipynb", described.expand())
     assert points and {p.values["model"] for p in points} <= set(MODELS)
+
+
+def test_the_large_catalogue_is_asked_for_in_the_three_sizes_of_the_paper():
+    points = [p for name in ("large", "large_gpu") for p in Grid.read(NOTEBOOKS / f"{name}.yml").expand()]
+    sizes = {(p["model"], *(asked_of(p)[1][name] for name in ("layers", "heads", "hidden_size", "ffn_size"))) for p in points if p["model"] in ("bert4rec", "flare")}
+    assert {(model, *size) for model in ("bert4rec", "flare") for size in ((2, 2, 64, 256), (8, 16, 768, 3072), (32, 32, 768, 3072))} <= sizes
+    assert {"popularity", "repeat_last", "lir"} <= {p["model"] for p in points}
+    assert any(p.get("encoder") == "google/mt5-base" for p in Grid.read(NOTEBOOKS / "ablations.yml").expand())
 
 
 @pytest.mark.parametrize("folder", ["experiments", "results"])
