@@ -1,7 +1,14 @@
 "The benchmark command: one line of JSON, or one line that says what is wrong."
+import importlib.util
 import json
+import os
+import shutil
+import subprocess
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
+import nbformat
 import numpy as np
 import pandas as pd
 import pytest
@@ -123,3 +130,75 @@ def test_committed_lines_are_read_and_a_peer_depends_on_its_own_script():
     assert set(line_code({"system": "rectools"}, ROOT)) == {"peer.py", "rectools_bert4rec.py", "rectools.txt", "generated_events"}
     ours, flare = (line_code({"system": "flare", "more": more}, ROOT) for more in (["--epochs", "3"], ["--model", "flare"]))
     assert {"flare.benchmark", "flare.losses", "flare.trainer"} <= set(ours) <= set(flare)
+
+
+def test_a_page_with_lines_of_a_gpu(tmp_path):
+    "They stand in tables of their own; without them the page says so (test_notebooks runs it)."
+    for folder in ("nbs/results", "paper/tables"): (tmp_path / folder).mkdir(parents=True)
+    shutil.copy(ROOT / "settings.ini", tmp_path)
+    shutil.copy(ROOT / "nbs/results/figure_speed.ipynb", tmp_path / "nbs/results")
+    shutil.copytree(ROOT / "paper/speed", tmp_path / "paper/speed")
+    about = {"device": "NVIDIA H200", "processor": "some", "bf16": True, "commit": "0" * 40, "date": "2026-01-02T03:04:05+00:00"}
+    loss = {"part": "loss", "system": "cut", "shape": "5000 items", "masks": 4096, "size": 768, "on": "cuda", "line": {"system": "cut", "items": 5000, "seconds": 0.001, "peak_mb": 99.0}}
+    base = {"part": "gpu", "system": "flare", "shape": "clothing", "more": ["--model", "bert4rec"], "line": {
+        "system": "flare", "model": "bert4rec", "items": 376843, "users": 1219592, "epoch_s": 50.0, "steps": 200, "epoch_steps": 1191, "tokens_per_s": 900000,
+        "tflops": 395.6, "eval_s": 20.0, "eval_users": 1219592, "peak_mb": 20000.0, "base_mb": 200.0, "loaded_mb": 400.0}}
+    for name, line in {"a": loss, "b": loss | {"system": "ours", "line": loss["line"] | {"system": "ours"}}, "c": base}.items():
+        (tmp_path / f"paper/speed/{name}.json").write_text(json.dumps(line | {"environment": about}))
+    done = subprocess.run([sys.executable, "-m", "jupyter", "nbconvert", "--to", "markdown", "--execute", "--no-input", "--stdout", tmp_path / "nbs/results/figure_speed.ipynb"],
+                          capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
+    assert done.returncode == 0 and "The lines are of 2 runs" in done.stdout and "GPU: not measured" not in done.stdout, done.stderr[-2000:]
+    found = pd.read_csv(tmp_path / "paper/tables/speed_gpu.csv").iloc[0]
+    assert found["share of the bf16 peak"] == 0.4 and found["tokens_per_s"] == 900000 and found["stale"] and found["eval_s"] == 20
+    assert "cut" not in pd.read_csv(tmp_path / "paper/tables/speed_floor.csv")
+
+
+def speed(**given):
+    "Run the experiment in this process, with parameters of ours."
+    space = {}
+    for cell in nbformat.read(ROOT / "nbs/experiments/speed.ipynb", 4).cells:
+        if cell.cell_type == "code": exec(cell.source, space)
+        if "parameters" in cell.metadata.get("tags", []): space.update({"threads": 1, "vocabularies": 100} | given)
+    return space["lines"]
+
+
+def test_what_is_stale_is_measured_again_and_only_that(tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    before = {path: path.stat().st_mtime_ns for path in (ROOT / "paper/speed").iterdir()}
+    speed(parts="floor", kept_in=str(tmp_path))
+    one, two = paths = sorted(tmp_path.glob("*.json"))
+    for path in paths:
+        record = json.loads(path.read_text())
+        assert record["code"] == line_code(record, ROOT) and record["environment"]["device"] == "cpu, 1 threads"
+        record["line"]["seconds"] = -1.0
+        path.write_text(json.dumps(record | ({"code": {"flare.losses": "0"}} if path == one else {})))
+    speed(parts="floor", kept_in=str(tmp_path))
+    assert json.loads(one.read_text())["line"]["seconds"] > 0 > json.loads(two.read_text())["line"]["seconds"]
+    assert before == {path: path.stat().st_mtime_ns for path in (ROOT / "paper/speed").iterdir()}
+
+
+def test_lines_of_a_cpu_see_no_gpu_and_texts_without_room_are_left_out(tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    called, run = [], subprocess.run
+    def answer(call, **how):
+        if "flare.benchmark" not in call: return run(call, **how)
+        called.append(("flare" in call, how["env"]["CUDA_VISIBLE_DEVICES"]))
+        if "flare" in call: return SimpleNamespace(returncode=2, stdout="", stderr="flare.benchmark: this training needs about 9.0 GiB and 1.0 GiB are free\n")
+        return SimpleNamespace(returncode=0, stdout='{"system": "flare", "model": "bert4rec"}\n', stderr="memory: about 1 MiB\n")
+    monkeypatch.setattr(subprocess, "run", answer)
+    plain, with_texts = speed(parts="vocabulary", kept_in=str(tmp_path))
+    assert called == [(False, ""), (True, "")] and plain["model"] == "bert4rec" and "1.0 GiB are free" in with_texts["missing"]
+    assert len(list(tmp_path.glob("*.json"))) == 1
+
+
+def test_first_steps_of_a_peer_are_in_no_rate_either(monkeypatch):
+    spec = importlib.util.spec_from_file_location("peer", ROOT / "nbs/experiments/peers/peer.py")
+    spec.loader.exec_module(peer := importlib.util.module_from_spec(spec))
+    now = [0.0]
+    monkeypatch.setattr(peer, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+    watch = peer.Watch(8)
+    watch.start()
+    for seconds in (10, 10, 1, 1, 1, 1, 1, 1):
+        now[0] += seconds
+        watch.lap(1)
+    assert watch.epoch_s(100) == 100 and watch.seconds == 26
