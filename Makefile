@@ -18,7 +18,7 @@ smoke: setup  ## every experiment notebook with tiny models of MovieLens, and ev
 	rm -rf paper/records/smoke
 	OMP_NUM_THREADS=1 $(BIN)/flare grid smoke.yml --workers 2
 	$(BIN)/papermill --no-progress-bar nbs/experiments/datasets.ipynb paper/runs/smoke/datasets.ipynb -p names ml-100k
-	$(BIN)/papermill --no-progress-bar nbs/experiments/speed.ipynb paper/runs/smoke/speed.ipynb -p parts ""
+	$(BIN)/papermill --no-progress-bar nbs/experiments/speed.ipynb paper/runs/smoke/speed.ipynb -p parts floor,vocabulary -p vocabularies 100 -p threads 1 -p kept_in paper/runs/smoke/speed
 	$(MAKE) pages
 	rm -rf paper/records/smoke paper/runs/smoke
 

@@ -49,7 +49,9 @@ class MemoryPlan:
     free: int | None  # bytes; None: not known
     items: int  # V
     size: int  # d
-    store: int = 0  # bytes of the token states, which stay on disk: the system keeps in memory what it has room for
+    store: int = 0  # bytes of token states that stay on disk: the system keeps in memory what it has room for
+    beside: int = 0  # bytes of token states in the memory of the machine, where the training is on a GPU
+    host: int | None = None  # bytes free there; None: not known
 
     @property
     def total(self) -> int:
@@ -60,15 +62,17 @@ class MemoryPlan:
         parts = ", ".join(f"{name} {value / 2**20:,.0f}" for name, value in self.parts.items() if value)
         return (f"memory: about {self.total / 2**20:,.0f} MiB ({parts})"
                 + ("" if self.free is None else f"; {self.free / 2**20:,.0f} MiB are free")
-                + (f"; the texts' {self.store / 2**20:,.0f} MiB are read from disk" if self.store else ""))
+                + (f"; the texts' {self.store / 2**20:,.0f} MiB are read from disk" if self.store else "")
+                + (f"; the texts' {self.beside / 2**20:,.0f} MiB lie in the memory of the machine" if self.beside else ""))
 
     def check(self):
         "Raises MemoryError where it cannot fit, and says what would help."
-        if self.free is None or self.total <= self.free: return
-        raise MemoryError(
-            f"this training needs about {self.total / 2**30:,.1f} GiB and {self.free / 2**30:,.1f} GiB are free: {self}. "
-            f"The tables of {self.items:,} items are {self.size} wide: lower hidden_size (or perceiver_size and latents, with texts), leave out items "
-            "that nobody chose, lower batch_size if a step is the largest part, or take a larger machine")
+        for need, free, what in ((self.total, self.free, "this training needs"), (self.beside, self.host, "the texts need")):
+            if free is not None and need > free:
+                raise MemoryError(
+                    f"{what} about {need / 2**30:,.1f} GiB and {free / 2**30:,.1f} GiB are free: {self}. "
+                    f"The tables of {self.items:,} items are {self.size} wide: lower hidden_size (or perceiver_size and latents, with texts), leave out items "
+                    "that nobody chose, lower batch_size if a step is the largest part, shorten texts that lie in memory, or take a larger machine")
 
 
 def plan_memory(
@@ -98,6 +102,11 @@ def plan_memory(
     users = min(256, 2**22 // piece)
     scores = 3 * users * piece + users * training.max_len * (8 * d + 2 * config.ffn_size)
     listening = strings and model.reader.size * (2 * strings + 4 * config.n_items) + compared * (strings + config.n_items)
-    return MemoryPlan({"weights": weights, "gradients": weights - by_rows, "moments": 2 * weights, "best weights": weights + buffers,
-                       "context table": buffers, "a step": int(4 * step), "an evaluation": int(4 * scores), "averages": 2 * weights * averaged, "learning to listen": 4 * listening},
-                      free_memory(device), config.n_items, d, 0 if text is None else text.states.nbytes)
+    cpu, held, stored = torch.device(device).type == "cpu", 0, 0 if text is None else text.states.nbytes
+    if text is not None and not isinstance(text.states, np.memmap): held, stored = stored, 0
+    gradients = weights - by_rows
+    heap = cpu and min(int(4 * step) + gradients * (4 * config.n_items * d < 2**25), 2**28)
+    return MemoryPlan({"weights": weights, "gradients": gradients, "moments": 2 * weights, "best weights": weights + buffers,
+                       "context table": buffers, "a step": int(4 * step), "an evaluation": int(4 * scores), "averages": 2 * weights * averaged,
+                       "texts": held * cpu, "the heap": int(heap), "learning to listen": 4 * listening},
+                      free_memory(device), config.n_items, d, stored, 0 if cpu else held, None if cpu else free_memory())

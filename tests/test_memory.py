@@ -3,6 +3,7 @@ import subprocess
 import sys
 from dataclasses import replace
 
+import numpy as np
 import pytest
 
 from flare import memory
@@ -36,13 +37,14 @@ trainer = Trainer(FlareModel(config), split, training, progress=False, text=text
 trainer.model.train()
 for step in range(4): trainer.step(trainer.batches.batch(0, step))
 trainer.validate()
-print(plan.total / 2**20, (now() - before) / 2**10)
+print((plan.total - plan.parts["the heap"]) / 2**20, (now() - before) / 2**10)
 """
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 @pytest.mark.parametrize("model", ["bert4rec", "flare"])
 def test_a_plan_is_near_what_a_training_takes(model):
+    "Less the heap, in which so few steps leave no holes."
     said = subprocess.run([sys.executable, "-c", TRAINING, "VmRSS:", model], capture_output=True, text=True, check=True).stdout
     planned, taken = map(float, said.split())
     assert 0.6 * taken < planned < 1.7 * taken, said
@@ -79,9 +81,23 @@ def test_a_container_has_what_is_left_to_its_limit(monkeypatch, tmp_path, files,
     assert free_memory() == free
 
 
-def test_a_sample_of_rivals_has_gradients_of_a_few_rows_and_texts_stay_on_disk():
+def test_a_sample_of_rivals_has_gradients_of_a_few_rows_and_texts_stay_on_disk(tmp_path):
     whole, sampled = (plan_memory(FlareConfig(n_items=50_000, hidden_size=64, heads=2, rivals=n), TrainConfig()) for n in (0, 100))
     assert whole.parts["gradients"] - sampled.parts["gradients"] == 4 * 50_000 * 64 and sampled.parts["a step"] < whole.parts["a step"]
     texts, config = random_states("random:8:3", 500), FlareConfig(n_items=500, modalities=("text",), text_width=8)
-    plan = plan_memory(config, TrainConfig(), texts)
+    held = plan_memory(config, TrainConfig(), texts)
+    mapped = np.memmap(tmp_path / "states", np.float16, "w+", shape=texts.states.shape)
+    plan = plan_memory(config, TrainConfig(), replace(texts, states=mapped))
     assert plan.store == 2 * 500 * 3 * 8 and "texts' 0 MiB are read from disk" in str(plan) and "disk" not in str(whole)
+    assert held.parts["texts"] == 2 * 500 * 3 * 8 == held.total - plan.total and held.store == plan.parts["texts"] == 0
+    on_gpu = plan_memory(config, TrainConfig(), texts, device="meta")  # not the memory of the machine
+    assert on_gpu.beside == 2 * 500 * 3 * 8 and on_gpu.parts["texts"] == on_gpu.parts["the heap"] == 0
+    replace(on_gpu, host=on_gpu.beside).check()
+    with pytest.raises(MemoryError, match="the texts need"): replace(on_gpu, host=on_gpu.beside - 1).check()
+
+
+def test_the_heap_keeps_what_is_small():
+    "Tables of 32 MiB go back to the system, smaller ones do not; and it does not grow without end."
+    small, large = (plan_memory(FlareConfig(n_items=n, hidden_size=64, heads=2), TrainConfig(batch_size=16)) for n in (100_000, 200_000))
+    assert small.parts["the heap"] == small.parts["a step"] + small.parts["gradients"] and large.parts["the heap"] == large.parts["a step"]
+    assert plan_memory(FlareConfig(n_items=100_000), TrainConfig(batch_size=4096)).parts["the heap"] == 2**28

@@ -29,6 +29,7 @@ class Watch:
 
     def __init__(self, max_steps):
         self.max_steps, self.steps, self.seconds, self.epochs, self.history = max_steps, 0, 0.0, [], []
+        self.warm, self.warmed = min(10, (max_steps or 0) // 4), 0.0  # steps that are in no rate, as in flare.benchmark, and their seconds
 
     def start(self):
         self.clock = time.perf_counter()
@@ -37,12 +38,13 @@ class Watch:
         "Add the time since `start`, and start again."
         self.seconds += time.perf_counter() - self.clock
         self.steps += steps
+        if steps and self.steps == self.warm: self.warmed = self.seconds
         self.start()
 
     def epoch_s(self, epoch_steps):
         "Median of the whole epochs; without one, the steps made stand for the others."
         if self.epochs: return sorted(self.epochs)[len(self.epochs) // 2]
-        return self.seconds / self.steps * epoch_steps
+        return (self.seconds - self.warmed) / (self.steps - self.warm) * epoch_steps
 
 
 def peak_mb():
