@@ -10,6 +10,7 @@ __all__ = ['LOG2E', 'side_by_side', 'chunk_weights', 'LinearCrossEntropy', 'all_
 import math
 from collections.abc import Callable
 from functools import cache
+from inspect import signature
 
 import numpy as np
 import torch
@@ -133,11 +134,11 @@ def all_rows(
 
 # %% ../nbs/09_losses.ipynb #760ed013
 @cache
-def cut_kernel() -> Callable | None:  # None where it is not installed
+def cut_kernel() -> Callable | None:  # None where it is not installed, or adds up in half precision
     "The kernel of Cut Your Losses (Wijmans et al., 2024) for GPUs, from the package cut-cross-entropy."
     try: from cut_cross_entropy import linear_cross_entropy
     except ImportError: return None
-    return linear_cross_entropy
+    return linear_cross_entropy if {"accum_e_fp32", "accum_c_fp32"} <= set(signature(linear_cross_entropy).parameters) else None
 
 
 def cut_cross_entropy(
@@ -152,7 +153,8 @@ def cut_cross_entropy(
     if bias is not None: states, tables = states + [states[0].new_ones(len(targets), 1)], tables + [bias[:, None]]
     both = [torch.cat([x.to(dtype) for x in side], 1) for side in (states, tables)]
     states, table = (F.pad(x, (0, -x.shape[1] % 16)) for x in both)  # in whole blocks
-    return kernel(states, table, targets, reduction="sum", filter_eps=None).float()  # None: no gradient is left out
+    return kernel(states, table, targets, reduction="sum", filter_eps=None,  # None: no gradient is left out
+                  accum_e_fp32=True, accum_c_fp32=True).float()
 
 # %% ../nbs/09_losses.ipynb #87f10f97
 def masked_item_loss(

@@ -244,25 +244,24 @@ class TrainingBatches:
         "The order in which an epoch visits the sequences."
         return np.random.default_rng([self.seed, epoch]).permutation(len(self.sequences))
 
-    def batch(self, epoch: int, step: int, order: np.ndarray | None = None) -> Batch | None:
-        "Step `step` of epoch `epoch`, both from 0; `order` saves drawing the permutation again. None where nothing of it is ours."
+    def batch(self, epoch: int, step: int, order: np.ndarray | None = None) -> Batch:
+        "Step `step` of epoch `epoch`, both from 0; `order` saves drawing the permutation again. All of it where there are fewer sequences than parts."
         order = self.order(epoch) if order is None else order
         drawn = self.sequences.take(order[step * self.batch_size : (step + 1) * self.batch_size])
         rng = np.random.default_rng([self.seed, epoch, step])
         only_last = rng.random(len(drawn)) < self.last_mask_share
         hidden = cloze_mask(drawn.lengths, self.mask_probability, only_last, rng)
         (part, parts), lengths = self.share, drawn.lengths
-        if parts > 1:
+        if 1 < parts <= len(lengths):
             hidden = hidden[np.repeat(np.arange(len(lengths)) % parts == part, lengths)]
             drawn = drawn.take(np.arange(part, len(lengths), parts))
-            if not len(drawn): return None
         read, critiques = lambda contexts: np.flatnonzero(rng.random(contexts) < self.read_share), None
         if self.critiques is not None:
             critiques = np.full(len(hidden), -1)
             critiques[hidden] = self.critiques.draw(drawn.items[hidden], rng)
         return collate(drawn.items, drawn.lengths, hidden, self.n_items, self.row_length, critiques, self.text, read, self.critiques, drawn.timestamps)
 
-    def epoch(self, epoch: int, first: int = 0) -> Iterator[Batch | None]:
+    def epoch(self, epoch: int, first: int = 0) -> Iterator[Batch]:
         "The batches of one epoch from step `first` on."
         order = self.order(epoch)
         return (self.batch(epoch, step, order) for step in range(first, len(self)))

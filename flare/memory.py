@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from .metrics import block_on
 from .models import FlareConfig, FlareModel
 from .text import TokenStates
 from .trainer import TrainConfig
@@ -98,8 +99,9 @@ def plan_memory(
         read = min(cells, config.n_items) * training.read_share  # contexts
         step += read * (2 * float(np.mean(text.counts)) * text.width + 12 * config.perceiver_layers * config.latents * config.perceiver_size)
         step += (masks >= 2 * d and not config.rivals) * config.n_items * d  # ids and contexts, added up
-    piece = min(config.n_items, 2**12)
-    users = min(256, 2**22 // piece)
+    users, piece, most = block_on(device)
+    piece = min(config.n_items, piece)
+    users = min(users, most // piece)
     scores = 3 * users * piece + users * training.max_len * (8 * d + 2 * config.ffn_size)
     listening = strings and model.reader.size * (2 * strings + 4 * config.n_items) + compared * (strings + config.n_items)
     cpu, held, stored = torch.device(device).type == "cpu", 0, 0 if text is None else text.states.nbytes

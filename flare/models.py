@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['BIAS_RATE', 'FlareConfig', 'Projection', 'AddContexts', 'ContextTable', 'reader_of', 'starting_bias', 'ByDistance',
-           'attention_bias', 'FlareModel']
+           'attention_bias', 'naming_tables', 'FlareModel']
 
 # %% ../nbs/10_models.ipynb #5dce0495
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
@@ -20,7 +21,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from .layers import Dropout, Layer, compute_dtype
 from .losses import contrastive_loss, masked_item_loss, sampled_item_loss
 from .masking import Batch
-from .parallel import share_table
+from .parallel import Team, from_all, share_table
 from .perceiver import Perceiver, Pooling, pool
 
 # %% ../nbs/10_models.ipynb #1c0e78fc
@@ -220,6 +221,19 @@ def attention_bias(
     return ByDistance.apply(by_distance, apart + len(by_distance) // 2).masked_fill(other, -math.inf)
 
 # %% ../nbs/10_models.ipynb #6a9fe740
+@contextmanager
+def naming_tables(
+    config: FlareConfig,
+) -> Iterator[None]:
+    "Raises MemoryError, and says what is too large, where torch's allocator has no room for the tables."
+    try: yield
+    except RuntimeError as error:
+        if not any(word in str(error) for word in ("allocate", "overflow")): raise  # torch's own words, of a CPU, of a GPU, and of no machine at all
+        raise MemoryError(f"there is no room for a model of n_items={config.n_items:,} and hidden_size={config.hidden_size}: lower hidden_size "
+                          "(or perceiver_size and latents, with texts), leave out items that nobody chose, or take a larger machine; "
+                          "flare.memory.plan_memory says beforehand what a training needs") from error
+
+
 class FlareModel(PreTrainedModel):
     "Bert4Rec (Sun et al. 2019), and with modalities Flare (Hebert et al.): predicts the hidden items of packed sequences."
     config_class = FlareConfig
@@ -229,23 +243,24 @@ class FlareModel(PreTrainedModel):
     def __init__(self, config: FlareConfig):
         super().__init__(config)
         d = config.hidden_size
-        self.item_embedding = nn.Embedding(config.n_items, d)  # e, and the output table
-        self.position_embedding = nn.Embedding(config.max_len + 1, d)  # p; one more for the mask at the end
-        self.mask_embedding = nn.Parameter(torch.empty(d))  # e_mask
-        self.embedding_dropout = Dropout(config.embedding_dropout)
-        if config.distance_bias:
-            self.distance_bias = nn.Parameter(starting_bias(config.heads, config.max_len, config.distance_bias) / BIAS_RATE)
-        self.layers = nn.ModuleList(Layer(d, config.heads, config.ffn_size, config.dropout, config.norm) for _ in range(config.layers))
-        self.norm = nn.LayerNorm(d) if config.norm == "pre" else nn.Identity()
-        self.head = (nn.Sequential(nn.Linear(d, d), nn.GELU(), nn.LayerNorm(d)) if config.head == "transform"
-                     else nn.Identity())
-        self.output_bias = nn.Parameter(torch.zeros(config.n_items)) if config.output_bias else None
-        if config.output_tie == "none": self.output_embedding = nn.Embedding(config.n_items, d)
-        if config.modalities:
-            self.reader = reader_of(config)
-            self.no_text = nn.Parameter(torch.empty(self.reader.size))  # what is read where there is no text
-            self.project = Projection(self.reader.size, d)
-            self.context_table = ContextTable(config.n_items, self.reader.size)
+        with naming_tables(config):
+            self.item_embedding = nn.Embedding(config.n_items, d)  # e, and the output table
+            self.position_embedding = nn.Embedding(config.max_len + 1, d)  # p; one more for the mask at the end
+            self.mask_embedding = nn.Parameter(torch.empty(d))  # e_mask
+            self.embedding_dropout = Dropout(config.embedding_dropout)
+            if config.distance_bias:
+                self.distance_bias = nn.Parameter(starting_bias(config.heads, config.max_len, config.distance_bias) / BIAS_RATE)
+            self.layers = nn.ModuleList(Layer(d, config.heads, config.ffn_size, config.dropout, config.norm) for _ in range(config.layers))
+            self.norm = nn.LayerNorm(d) if config.norm == "pre" else nn.Identity()
+            self.head = (nn.Sequential(nn.Linear(d, d), nn.GELU(), nn.LayerNorm(d)) if config.head == "transform"
+                         else nn.Identity())
+            self.output_bias = nn.Parameter(torch.zeros(config.n_items)) if config.output_bias else None
+            if config.output_tie == "none": self.output_embedding = nn.Embedding(config.n_items, d)
+            if config.modalities:
+                self.reader = reader_of(config)
+                self.no_text = nn.Parameter(torch.empty(self.reader.size))  # what is read where there is no text
+                self.project = Projection(self.reader.size, d)
+                self.context_table = ContextTable(config.n_items, self.reader.size)
         self.post_init()
 
     def _init_weights(self, module: nn.Module):
@@ -399,9 +414,10 @@ def loss(self: FlareModel, batch: Batch) -> dict[str, tuple[Tensor, int]]:
     (c, read), e, losses = self.contexts(batch), self.item_embedding.weight, {}
     if read is not None:
         items, fresh = self.of_items(batch, read)
-        if self.training: self.context_table.put(items, fresh)
+        if self.training:
+            for some, rows in from_all(items, fresh.detach()): self.context_table.put(some, rows)
         said = self.of_items(batch, batch.counts)[1].sum(1) > 0
-        if self.config.alpha and said.any():
+        if self.config.alpha and any(Team().gather(bool(said.any()))):
             e, own = self.rows(e, items[said])
             total, count = contrastive_loss(own, self.project(fresh[said]), self.config.temperature, self.config.margin)
             losses["contrastive"] = self.config.alpha * total, count

@@ -20,7 +20,6 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
-from accelerate import Accelerator
 from fastcore.basics import patch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -29,7 +28,7 @@ from torch.distributed.tensor import DTensor
 from tqdm.auto import tqdm
 
 from .layers import bf16_is_faster
-from .parallel import Team, clip, like, put_together, whole
+from .parallel import Team, assemble, clip, like, put_together, whole
 from .sequences import Holdout, Split
 from .masking import Batch, Critiques, TrainingBatches
 from .metrics import Ranks, evaluate, evaluating
@@ -150,7 +149,7 @@ class Trainer:
     ):
         match_model(model, split, config, text, critiques)
         self.text, self.critiques = text, critiques
-        self.accelerator = Accelerator()
+        self.accelerator = assemble()
         self.team = Team()
         self.split, self.config, self.folder, self.progress = split, config, folder and Path(folder), progress and self.team.rank == 0
         self.batches = TrainingBatches(split.train, split.n_items, config.batch_size, config.max_len, config.row_length,
@@ -184,10 +183,10 @@ class Trainer:
         mine = self.model.state_dict()
         self.model.load_state_dict({name: like(value, mine[name]) for name, value in weights.items()})
 
-# %% ../nbs/12_trainer.ipynb #580dac34
+# %% ../nbs/12_trainer.ipynb #be39f15f
 @patch
 def step(self: Trainer,
-    batch: Batch | None,  # this process's share of the step; None where it has none
+    batch: Batch,  # this process's share of the step
 ) -> float:  # the loss, of all processes
     "One step of training on one batch. Raises FloatingPointError when the loss is not finite."
     config, at, team, device = self.config, self.at, self.team, self.accelerator.device
@@ -196,7 +195,7 @@ def step(self: Trainer,
     for group in chain(*(optimizer.param_groups for optimizer in self.optimizers)):
         group["lr"] = group["rate"] * learning_rate(at.step, self.steps, config)
     with torch.autocast(device.type, torch.bfloat16, enabled=self.bf16):
-        losses = {} if batch is None else self.model.loss(batch.to(device))
+        losses = self.model.loss(batch.to(device))
     counts = team.total({name: count for name, (_, count) in losses.items()})
     loss = sum((total / counts[name] for name, (total, _) in losses.items()), torch.zeros((), device=device))
     self.model.zero_grad()

@@ -1,4 +1,7 @@
 "The loss of a large catalogue: the plain one in all but memory."
+import sys
+from types import SimpleNamespace
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -78,9 +81,9 @@ def test_no_array_of_masks_times_items_is_made():
         assert seen.sizes()[0] == most
 
 
-def pretend_kernel(e, c, targets, reduction, filter_eps):
+def pretend_kernel(e, c, targets, reduction, filter_eps, accum_e_fp32, accum_c_fp32):
     "What cut-cross-entropy's kernel computes, by its interface."
-    assert e.shape[1] == c.shape[1] and e.shape[1] % 16 == 0 and e.dtype == c.dtype == torch.bfloat16 and filter_eps is None
+    assert accum_e_fp32 and accum_c_fp32 and e.shape[1] == c.shape[1] and e.shape[1] % 16 == 0 and e.dtype == c.dtype == torch.bfloat16 and filter_eps is None
     return F.cross_entropy((e @ c.T).float(), targets, reduction=reduction)
 
 
@@ -92,14 +95,21 @@ def test_what_a_kernel_for_one_table_is_given_is_the_same_loss(tables, biased):
     for a, b, c in zip(run(given), run(given, autocast=True), cut): assert (c - a).norm() / a.norm() < max(2 * (b - a).norm() / a.norm(), 1e-2)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available() or cut_kernel() is None, reason="needs a GPU and cut-cross-entropy")
+@pytest.mark.parametrize("takes", ["e, c, targets, reduction, filter_eps", "e, c, targets, reduction, filter_eps, accum_e_fp32=False, accum_c_fp32=False"])
+def test_a_release_that_cannot_add_up_in_float32_is_passed_over(monkeypatch, takes):
+    release = SimpleNamespace(linear_cross_entropy=eval(f"lambda {takes}: None"))
+    monkeypatch.setitem(sys.modules, "cut_cross_entropy", release)
+    assert cut_kernel.__wrapped__() is (release.linear_cross_entropy if "accum" in takes else None)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available() or cut_kernel() is None, reason="needs a GPU and cut-cross-entropy that adds up in float32")
 def test_the_kernel_of_a_gpu_is_the_plain_loss():
-    pairs, targets, bias = problem(400, 30_000, (64, 32), True)
+    pairs, targets, bias = problem(400, 300_000, (64, 32), True)
     pairs, targets, bias = [tuple(x.detach().cuda().requires_grad_() for x in pair) for pair in pairs], targets.cuda(), bias.detach().cuda().requires_grad_()
     found = []
-    for how in ({}, {"chunk_size": 4096}):
+    for how, half in (({}, True), ({"chunk_size": 4096}, False)):  # the kernel, and our walk in float32
         for x in (bias, *pairs[0], *pairs[1]): x.grad = None
-        with torch.autocast("cuda", torch.bfloat16): total, _ = masked_item_loss(pairs, targets, bias, most_logits=0, **how)
+        with torch.autocast("cuda", torch.bfloat16, enabled=half): total, _ = masked_item_loss(pairs, targets, bias, most_logits=0, **how)
         total.backward()
         found.append([total.detach(), bias.grad, *(x.grad for pair in pairs for x in pair)])
     for a, b in zip(*found): assert (a - b).norm() / b.norm() < 2e-2

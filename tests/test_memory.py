@@ -72,6 +72,13 @@ def test_texts_and_steps_are_in_the_plan():
     assert plan_memory(reading, TrainConfig()).parts["context table"] == 4 * 5_000 * 4 * 256 and plain.parts["context table"] == 0
 
 
+def test_an_evaluation_on_a_gpu_is_planned_as_it_is_done(monkeypatch):
+    monkeypatch.setattr(memory, "free_memory", lambda device: None)
+    config = FlareConfig(n_items=400_000, hidden_size=64, heads=2)
+    here, there = (plan_memory(config, TrainConfig(), device=device).parts["an evaluation"] for device in ("cpu", "cuda"))
+    assert here == 4 * (3 * 2**20 + 256 * 50 * (8 * 64 + 2 * 1024)) and there == 4 * (3 * 2**28 + 4096 * 50 * (8 * 64 + 2 * 1024))
+
+
 @pytest.mark.parametrize("files, free", [({"meminfo": "MemTotal: 9 kB\nMemAvailable: 7 kB\n"}, 7 * 1024),
     ({"meminfo": "MemAvailable: 7 kB\n", "memory.max": "5000\n", "memory.current": "3000\n", "memory.stat": "inactive_file 500\n"}, 2500),
     ({"meminfo": "MemAvailable: 7 kB\n", "memory.max": "max\n", "memory.current": "3000\n"}, 7 * 1024), ({}, None)])

@@ -6,9 +6,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from ranx import Qrels, Run
 from ranx import evaluate as ranx_evaluate
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from flare.data import Holdout, Sequences
-from flare.metrics import METRICS, Ranks, by_popularity, evaluate, paired_bootstrap, popularity_deciles, target_ranks
+from flare.metrics import METRICS, Ranks, block_on, by_popularity, evaluate, paired_bootstrap, popularity_deciles, target_ranks
 from flare.models import FlareConfig, FlareModel
 from watch import Watch
 
@@ -139,6 +140,30 @@ def test_a_model_that_scores_piece_by_piece_makes_its_states_once_and_no_whole_m
     with Watch() as seen: pieces = evaluate(model, holdout, items, max_len=10, piece=250)
     assert pieces.equal(whole) and whole.tied > 0.6 and sum(encoded) == 90
     assert seen.sizes()[0] <= max(items * 8, 90 * 250)
+
+
+class Questions(TorchDispatchMode):
+    "Counts how often a number is asked for, which on a GPU has to be waited for."
+    asked = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.asked += func in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.item.default, torch.ops.aten.is_nonzero.default)
+        return func(*args, **(kwargs or {}))
+
+
+def test_whether_scores_are_finite_is_asked_once_a_batch():
+    history = Sequences.from_lists([[0], [1], [2], [3], [4]])
+    model, holdout, asked = FromTable(torch.rand(5, 5)), Holdout(np.arange(5), history, np.zeros(5, np.int64)), []
+    for piece in (5, 1):
+        with Questions() as questions: evaluate(model, holdout, 5, piece=piece)
+        asked.append(questions.asked)
+    assert asked[0] == asked[1] == 1
+    big = torch.full((5, 5), 3e38)  # finite, but not their sum
+    assert evaluate(FromTable(big), holdout, 5, piece=2).pessimistic.tolist() == [5] * 5
+
+
+def test_a_gpu_is_given_larger_blocks():
+    assert block_on("cpu") == (256, 4096, 2**22) and block_on(torch.device("cuda", 1)) == block_on("cuda") == (4096, 2**16, 2**28)
 
 
 def test_evaluate_names_the_user_of_a_later_batch():

@@ -1,25 +1,27 @@
 "Two processes against one, and a process that dies."
+import json
 import os
 import socket
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from flare import parallel
 from flare.data import leave_one_out, load_dataset
 from flare.masking import TrainingBatches
 
 PROGRAM = """
 import os, sys, torch
 import numpy as np
-from accelerate import Accelerator
 from safetensors.torch import save_file
 from flare.data import leave_one_out, load_dataset
 from flare.models import FlareConfig, FlareModel
-from flare.parallel import shard_rows
+from flare.parallel import assemble, shard_rows, whole
 from flare.text import TokenStates
 from flare.trainer import TrainConfig, Trainer
 
@@ -33,11 +35,11 @@ torch.manual_seed(0)
 model = FlareModel(FlareConfig(n_items=split.n_items, max_len=20, hidden_size=16, heads=2, ffn_size=32, dropout=0.0, embedding_dropout=0.0,
                                **(reading if "flare" in kind else {})))
 if "parts" in kind and int(os.environ.get("WORLD_SIZE", 1)) > 1:
-    Accelerator()  # brings the processes together
-    whole = model.item_embedding.weight.numel()
+    assemble()
+    size = model.item_embedding.weight.numel()
     shard_rows(model)
-    assert abs(2 * model.item_embedding.weight.to_local().numel() - whole) <= 32
-config = TrainConfig(epochs=1, max_len=20, batch_size=256, learning_rate=3e-3, precision="fp32", checkpoint_every=2, read_share=1.0, refresh_every=1)
+    assert abs(2 * model.item_embedding.weight.to_local().numel() - size) <= 32
+config = TrainConfig(epochs=1, max_len=20, batch_size=256, learning_rate=3e-3, precision="fp32", checkpoint_every=2, read_share=1.0)
 trainer = Trainer(model, split, config, folder, progress=False, text=text if "flare" in kind else None)
 step = trainer.step
 def fragile(batch):
@@ -46,9 +48,10 @@ def fragile(batch):
 trainer.step = fragile
 result = trainer.fit()
 assert len(result.validation) == len(split.validation.targets)
-if Accelerator().is_main_process:
-    save_file({"weights": torch.cat([p.detach().flatten() for p in model.parameters()]), "ranks": torch.from_numpy(result.validation.rank.copy()),
-               "loss": torch.tensor(result.history["loss"].to_numpy(dtype=float))}, out)
+weights = torch.cat([whole(p.detach()).flatten() for p in model.parameters()])
+if assemble().is_main_process:
+    save_file({"weights": weights, "ranks": torch.from_numpy(result.validation.rank.copy()),
+               "loss": torch.tensor(result.history["loss"].to_numpy(dtype=float)), "processes": torch.tensor(trainer.team.size)}, out)
 """
 
 
@@ -63,16 +66,20 @@ def quiet():
     return {k: v for k, v in os.environ.items() if k not in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")} | {"OMP_NUM_THREADS": "1"}
 
 
+def launch():
+    "What starts two processes here; accelerate's own launcher does so on GPUs only."
+    return [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", port()]
+
+
 @pytest.mark.parametrize("kind", ["bert4rec", "flare", "bert4rec in parts", "flare in parts"])
-def test_accelerate_launch_with_two_processes_trains_as_one_does(tmp_path, kind):
+def test_two_processes_train_as_one_does(tmp_path, kind):
     (tmp_path / "program.py").write_text(PROGRAM)
-    two = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no",
-           "--dynamo_backend", "no", "--main_process_port", port()]
-    for name, call in {"one": [sys.executable], "two": two}.items():
+    for name, call in {"one": [sys.executable], "two": launch()}.items():
         done = subprocess.run([*call, str(tmp_path / "program.py"), str(tmp_path / name), str(tmp_path / f"{name}-checkpoints"), kind, "no"],
-                              env=quiet() | {"ACCELERATE_USE_CPU": "true"}, capture_output=True, text=True)
+                              env=quiet(), capture_output=True, text=True)
         assert done.returncode == 0, done.stderr[-3000:]
     one, two = load_file(tmp_path / "one"), load_file(tmp_path / "two")
+    assert (one["processes"], two["processes"]) == (1, 2)
     torch.testing.assert_close(two["loss"], one["loss"], rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(two["weights"], one["weights"], rtol=0, atol=2e-4)
     assert (one["ranks"] - two["ranks"]).abs().float().mean() < 0.5
@@ -90,6 +97,67 @@ def test_when_a_process_dies_the_other_says_so_and_the_checkpoint_is_whole(tmp_p
     assert [path.name for path in folder.iterdir()] == ["epoch-00000-step-00000004"]
     subprocess.run([*call, "no"], env=quiet(), check=True)  # one process, with the whole table, can go on as well
     assert (tmp_path / "out").exists()
+
+
+def test_when_a_process_dies_under_a_launcher_training_ends_and_can_go_on(tmp_path):
+    (tmp_path / "program.py").write_text(PROGRAM)
+    given = [str(tmp_path / "program.py"), str(tmp_path / "out"), str(tmp_path / "checkpoints"), "bert4rec"]
+    done = subprocess.run([*launch(), *given, "dies"], env=quiet(), capture_output=True, text=True, timeout=120)
+    assert done.returncode and ("start all processes again" in done.stderr or "exitcode  : 9" in done.stderr), done.stderr[-3000:]  # ours, or the launcher's
+    (left,) = (tmp_path / "checkpoints").glob("epoch-*")
+    assert left.name == "epoch-00000-step-00000004" and json.loads((left / "state.json").read_text())["progress"]["step"] == 4
+    subprocess.run([sys.executable, *given, "no"], env=quiet(), check=True)
+    assert (tmp_path / "out").exists()
+
+
+TABLES = """
+import torch
+import numpy as np
+from dataclasses import replace
+from flare.data import leave_one_out, load_dataset
+from flare.models import FlareConfig, FlareModel
+from flare.parallel import Team, assemble, shard_rows
+from flare.text import TokenStates
+from flare.trainer import TrainConfig, Trainer
+
+assemble()
+found = leave_one_out(load_dataset("ml-100k"))
+split = replace(found, train=found.train.take(np.arange(129)).tail(21))  # the last step of an epoch has one sequence
+counts = np.where(np.arange(split.n_items) % 4, 2, 0)
+text = TokenStates(np.random.default_rng(0).standard_normal((counts.sum(), 8)).astype(np.float16), np.cumsum(counts) - counts, counts)
+for parts in (False, True):
+    torch.manual_seed(0)
+    model = FlareModel(FlareConfig(n_items=split.n_items, max_len=20, hidden_size=16, heads=2, ffn_size=32, modalities=("text",), text_width=8,
+                                   perceiver_size=8, perceiver_heads=2, perceiver_layers=1, latents=2))
+    if parts: shard_rows(model)
+    few = dict(batch_size=8, read_share=0.02) if parts else dict(batch_size=64)  # with few, some shares read no text in a step; else as usual
+    trainer = Trainer(model, split, TrainConfig(epochs=2, max_len=20, precision="fp32", **few), progress=False, text=text)
+    model.train()
+    trainer.refresh()
+    before = model.context_table.rows.clone()
+    for i, batch in enumerate(trainer.batches.epoch(0)):
+        trainer.step(batch)
+        mine, theirs = Team().gather(model.context_table.rows.numpy())
+        assert np.array_equal(mine, theirs), f"parts {parts}, step {i}: {(mine != theirs).any(1).sum()} rows differ"
+    assert i == len(trainer.batches) - 1 and batch.n_sequences == 1
+    assert not torch.equal(before, model.context_table.rows)
+    for name, value in trainer.weights().items():
+        mine, theirs = Team().gather(value.numpy())
+        assert np.array_equal(mine, theirs), name
+"""
+
+
+def pair(program):
+    "Two processes that run a program."
+    both = [quiet() | {"RANK": r, "LOCAL_RANK": r, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": at, "ACCELERATE_USE_CPU": "true"}
+            for at in [port()] for r in "01"]
+    running = [subprocess.Popen([sys.executable, "-c", program], env=env, stderr=subprocess.PIPE, text=True) for env in both]
+    said = [process.communicate(timeout=120)[1] for process in running]
+    assert [process.returncode for process in running] == [0, 0], said[0][-2000:] + said[1][-2000:]
+
+
+def test_all_processes_remember_what_all_have_read():
+    pair(TABLES)
 
 
 PARTS = """
@@ -148,10 +216,7 @@ assert torch.equal(whole(like(plain.output_bias.detach(), parts.output_bias)), p
 
 
 def test_tables_in_parts_give_the_rows_losses_and_gradients_of_whole_ones():
-    both = [quiet() | {"RANK": r, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": at} for at in [port()] for r in "01"]
-    running = [subprocess.Popen([sys.executable, "-c", PARTS], env=env, stderr=subprocess.PIPE, text=True) for env in both]
-    said = [process.communicate(timeout=120)[1] for process in running]
-    assert [process.returncode for process in running] == [0, 0], said[0][-2000:] + said[1][-2000:]
+    pair(PARTS)
 
 
 @pytest.mark.parametrize("parts", [2, 3])
@@ -165,7 +230,52 @@ def test_the_shares_of_a_step_are_the_step(parts):
     assert np.array_equal(*counts)
 
 
-def test_a_share_may_be_empty():
-    sequences = leave_one_out(load_dataset("ml-100k")).train.take(np.arange(1))
-    batches = TrainingBatches(sequences, 1682, 1, 300, row_length=None, share=(1, 2))
-    assert batches.batch(0, 0) is None and TrainingBatches(sequences, 1682, 1, 300, row_length=None, share=(0, 2)).batch(0, 0).n_sequences == 1
+def test_a_step_of_fewer_sequences_than_processes_is_everybodys():
+    sequences = leave_one_out(load_dataset("ml-100k")).train.take(np.arange(2))
+    for batch_size, parts in ((1, 2), (2, 3)):
+        whole, *shares = (TrainingBatches(sequences, 1682, batch_size, 300, row_length=None, share=share).batch(0, 0)
+                          for share in ((0, 1), *((i, parts) for i in range(parts))))
+        assert whole.n_sequences == batch_size and all(torch.equal(whole.items, share.items) and torch.equal(whole.masked, share.masked) for share in shares)
+
+
+@pytest.mark.parametrize("gpu, asked, found", [(True, "false", (False, ["cpu:gloo,cuda:nccl"])), (True, "true", (True, [])), (False, "false", (True, []))])
+def test_on_gpus_gloo_stands_beside_nccl(monkeypatch, gpu, asked, found):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+    for name, value in {"ACCELERATE_USE_CPU": asked, "WORLD_SIZE": "2"}.items(): monkeypatch.setenv(name, value)
+    monkeypatch.setattr(parallel, "Accelerator", lambda cpu, kwargs_handlers: (cpu, [handler.to_kwargs()["backend"] for handler in kwargs_handlers]))
+    assert parallel.assemble() == found
+
+
+@pytest.mark.parametrize("backend, kind", [("nccl", "meta"), ("cpu:gloo,cuda:nccl", "meta"), ("gloo", "cpu")])
+def test_a_table_is_brought_to_the_gpu_before_it_is_taken_apart(monkeypatch, backend, kind):
+    class Asked(Exception): "The mesh was."
+    def mesh(device, shape): raise Asked(device, shape)
+    monkeypatch.setattr(parallel, "Team", lambda: SimpleNamespace(size=2))
+    monkeypatch.setattr(parallel, "init_device_mesh", mesh)
+    monkeypatch.setattr(parallel.dist, "get_backend", lambda: backend)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: "meta")  # in place of a GPU
+    with pytest.raises(Asked, match=rf"'{kind}', \(2,\)"): parallel.shard_rows(torch.nn.Embedding(4, 2), ("weight",))
+
+
+LOST = """
+import os, torch
+import torch.distributed as dist
+from torch import nn
+from flare.parallel import like, put_together, shard_rows, whole
+
+dist.init_process_group("gloo")
+table = shard_rows(nn.Embedding(6, 2), ("weight",))
+if dist.get_rank(): os._exit(9)
+for call in (lambda: whole(table.weight), lambda: like(torch.ones(6, 2), table.weight), lambda: put_together(table).__enter__()):
+    try: call()
+    except RuntimeError as error: assert str(error).startswith("process 0 of 2 has lost another one"), error
+    else: raise AssertionError("nobody missed it")
+os._exit(0)
+"""
+
+
+def test_a_table_whose_other_part_is_gone_says_so():
+    both = [quiet() | {"RANK": r, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": at} for at in [port()] for r in "01"]
+    running = [subprocess.Popen([sys.executable, "-c", LOST], env=env, stderr=subprocess.PIPE, text=True) for env in both]
+    said = [process.communicate(timeout=120)[1] for process in running]
+    assert [process.returncode for process in running] == [0, 9], said[0][-2000:]
