@@ -102,6 +102,27 @@ def test_a_write_that_is_interrupted_leaves_no_record(record, tmp_path, monkeypa
     assert len(read_records("tests", root)) == 1
 
 
+@pytest.mark.parametrize("ending", ["ranks", "heard", "history", "json"])
+def test_a_full_disk_leaves_the_older_record_as_it_was(record, tmp_path, monkeypatch, ending):
+    ranks, root, whole = Ranks(np.arange(2), np.array([1, 2]), np.array([1, 2])), tmp_path / "other", Path.write_bytes
+    older = replace(record, code={})
+    folder = write_record(older, ranks, root, {".heard.parquet": b"old", ".history.parquet": b"old"}).parent
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+
+    def full(path, content):
+        whole(path, content[: len(content) // 2] if ending in path.name else content)
+        if ending in path.name: raise OSError("no space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with pytest.raises(OSError, match="no space left"):
+        write_record(record, ranks.subset([0]), root, {".heard.parquet": b"new", ".history.parquet": b"new"})
+    monkeypatch.undo()
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before and len(before) == 4
+    write_record(record, ranks.subset([0]), root, {".heard.parquet": b"new"})
+    assert {path.name.partition(".")[2] for path in folder.iterdir()} == {"json", "ranks.parquet", "heard.parquet"}
+    assert read_record(record.path(root)) == record and record.path(root).with_suffix(".heard.parquet").read_bytes() == b"new"
+
+
 def test_a_metric_that_is_no_number_is_refused(record, tmp_path):
     metrics = record.metrics | {"test": record.metrics["test"] | {"mrr": float("nan")}}
     ranks = Ranks(np.arange(1), np.ones(1, int), np.ones(1, int))
