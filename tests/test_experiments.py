@@ -18,7 +18,7 @@ import torch
 from nbdev.test import _keep_file
 
 from flare import experiments, grid, records
-from flare.experiments import compared, over_seeds, read_records, run
+from flare.experiments import compared, over_seeds, read_beside, read_heard, read_records, renew, run
 from flare.files import write_text
 from flare.grid import WHICH, Grid, answers, asked_of, changes, declared_parameters, make_points, read_yaml, run_grid
 from flare.metrics import Ranks
@@ -209,6 +209,34 @@ def test_threads_parse_one_after_the_other(monkeypatch):
     monkeypatch.setattr(ast, "parse", watched)
     with ThreadPoolExecutor(4) as pool: digests = list(pool.map(code_digest, ["flare"] * 8))
     assert max(most) == 1 and len(most) > 20 and all(digest == digests[0] for digest in digests)
+
+
+def test_a_renewed_record_has_what_the_new_code_keeps_beside_it(shop, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # where `shop` is the name of a folder, as in the record
+    root = tmp_path / "paper"
+    made = [run("tests", "bert4rec", "shop", seed, parameters=SMALL | {"epochs": epochs}, root=root, progress=False) for seed, epochs in ((0, 2), (1, 2))]
+    for record in made: write_text(record.path(root), replace(record, code={"flare.models": "an older one"}, cost={"train_seconds": -1.0}, environment={"date": "then"}).to_json())
+    witness, other = (record.path(root) for record in made)
+    kept = [path.with_suffix(".history.parquet") for path in (witness, other)]
+    curve = pd.read_parquet(kept[0])
+    for path in kept: path.write_bytes(b"older")
+    witness.with_suffix(".traces.parquet").write_bytes(b"of the older code")
+    assert renew("tests", witness.stem, root) == [witness, other]
+    now, theirs = read_record(witness), read_record(other)
+    assert now.code == theirs.code == made[0].code and now.metrics == made[0].metrics
+    assert now.cost["train_seconds"] > 0 and now.environment["date"] != "then" and {"device", "renewed"} <= set(now.environment)
+    assert theirs.cost == {"train_seconds": -1.0} and theirs.environment["date"] == "then" and theirs.environment["renewed"] == now.environment["renewed"]
+    assert pd.read_parquet(kept[0]).equals(curve) and kept[1].read_bytes() == b"older" and not witness.with_suffix(".traces.parquet").exists()
+
+
+def test_what_lies_beside_an_older_record_is_left_out(shop, tmp_path):
+    root = tmp_path / "paper"
+    record = run("tests", "bert4rec", str(shop), parameters=SMALL | {"epochs": 2}, root=root, progress=False)
+    path = record.path(root)
+    (path.parent / "killed.history.parquet").write_bytes(path.with_suffix(".history.parquet").read_bytes())  # and no record
+    assert set(read_beside("tests", "history", root)["key"]) == {record.key}
+    path.write_text(json.dumps({"schema": 0, "model": "bert4rec", "seed": 0, "metrics": {"precise|who": {"mrr": 0.5}}}))
+    assert len(read_records("tests", root)) == 1 and read_beside("tests", "history", root).empty and read_heard("tests", root)[0].empty
 
 
 # a run
