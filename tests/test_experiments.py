@@ -3,12 +3,14 @@ import ast
 import json
 import os
 import pickle
+import re
 import signal
 import subprocess
 import sys
 import time
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import replace
+from io import StringIO
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +22,7 @@ from nbdev.test import _keep_file
 from flare import experiments, grid, records
 from flare.experiments import compared, over_seeds, read_beside, read_heard, read_records, renew, run
 from flare.files import write_text
-from flare.grid import WHICH, Grid, answers, asked_of, changes, declared_parameters, make_points, read_yaml, run_grid
+from flare.grid import WHICH, Board, Grid, answers, asked_of, changes, declared_parameters, make_points, read_yaml, run_grid
 from flare.metrics import Ranks
 from flare.records import (MODELS, SCHEMA, Record, code_digest, essence, parameters_of, read_record, record_key,
                            resolve, staleness, write_record)
@@ -356,6 +358,7 @@ def test_a_point_is_answered_by_its_seeds_and_named_by_what_it_changes(shop, tmp
     assert answers(records, named[2])[["seed", "parameters"]].values.tolist() == [[0, '{"k1": 3.0}'], [1, '{"k1": 3.0}']]
     assert len(answers(records, named[0])) == 2 and len(answers(records, named[0] | {"split": "unseen_users"})) == 1
     assert answers(records, named[0] | {"k1": 9}).empty
+    assert answers(records, points[2]).equals(answers(records, named[2])) and len(answers(records, points[2])) == 2  # by the folder
     assert [changes(point, points[0]) for point in points] == ["", "", "k1 = 3.0", "k1 = 3.0"]
     assert changes(points[0] | {"split": "norepeat"}, points[2]) == "k1 = 1.5, norepeat"
     found = compared(answers(records, named[0]), {"other": answers(records, named[2]), "none": records[:0]}, {"MRR": "mrr"}, root)
@@ -499,14 +502,77 @@ def test_each_place_has_a_gpu_of_its_own(project, monkeypatch):
         seen.clear()
 
 
-def test_dask_runs_a_grid(project):
+def test_dask_runs_a_grid(project, monkeypatch):
     distributed = pytest.importorskip("distributed")
     shop = Grid("benchmark", {"dataset": str(project / "shop")}, [{"model": ["popularity", "repeat_last"]}])
     with distributed.LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=None, local_directory=str(project)) as cluster, cluster.get_client() as client:
-        done = run_grid(shop, workers=2, executor=client.get_executor(), project=project, progress=False)
-        assert len(client.run(os.getpid)) == 2
+        executor, ran = client.get_executor(), []
+        monkeypatch.setattr(executor, "submit", lambda function, *arguments, submit=executor.submit: ran.append(submit(function, *arguments)) or ran[-1])
+        done = run_grid(shop, workers=2, executor=executor, project=project, progress=False)
+        assert len(client.run(os.getpid)) == len(ran) == 2 and all(future.result()[1] == "" for future in ran)  # each point went to the cluster
     assert list(done["state"]) == ["done"] * 2, list(done["note"])
     assert set(read_records("benchmark", project / "paper")["key"]) == set(done["key"])
+
+
+@pytest.mark.parametrize("given", [True, False])
+def test_a_given_executor_runs_every_point_and_is_left_open(project, monkeypatch, given):
+    monkeypatch.setattr(grid, "execute", lambda point, *_: (0.0, ""))
+    shop, calls = Grid("benchmark", {"dataset": str(project / "shop")}, [{"model": ["popularity", "repeat_last", "lir"]}]), []
+    executor = here(calls)
+    monkeypatch.setattr(executor, "shutdown", lambda **_: calls.append("shut down"))
+    done = run_grid(shop, executor=executor if given else None, project=project, progress=False)
+    assert list(done["state"]) == ["done"] * 3 and calls == [grid.execute] * 3 * given
+
+
+class Screen(StringIO):
+    "A terminal: `seen` is what stands on it."
+    def isatty(self): return True
+
+    def seen(self) -> list[str]:
+        lines = [""]
+        for up, text in re.findall(r"(?:\x1b\[(\d+)A\x1b\[J)?([^\x1b]*)", self.getvalue()):
+            if up: lines = lines[: len(lines) - 1 - int(up)] + [""]
+            first, *more = text.split("\n")
+            lines = lines[:-1] + [lines[-1] + first] + more
+        return lines[:-1]
+
+
+def test_a_board_is_drawn_in_its_place(project, monkeypatch):
+    shop, screen, seen = Grid("benchmark", {"dataset": str(project / "shop")}, [{"model": "popularity", "seed": list(range(12))}]), Screen(), []
+    monkeypatch.setenv("COLUMNS", "100"), monkeypatch.setenv("LINES", "30"), monkeypatch.setattr(sys, "stderr", screen)
+    monkeypatch.setattr(grid, "execute", lambda point, *_: seen.append(screen.seen()) or (61.0, "it broke" if point.values["seed"] == 3 else ""))
+    run_grid(shop, executor=here([]), project=project)
+    assert [next((line for line in lines if "of 12 runs" in line), "") for lines in seen][0] == "" and all(len(lines) <= 9 for lines in seen)
+    last = screen.seen()
+    assert last[0].split() == ["model", "dataset", "seed", "state", "time", "left"] and len(last) == 8 and last[-1].startswith("12 of 12 runs, 1 failed, 00:0")
+    assert [line.split()[2:5] for line in last[1:-1]] == [[str(seed), "done", "01:01"] for seed in range(6, 12)]
+    assert sum("of 12 runs" in line for line in last) == 1
+    monkeypatch.setattr(sys, "stderr", log := StringIO())
+    run_grid(replace(shop, base=shop.base | {"experiment": "another"}), executor=here([]), project=project)
+    assert log.getvalue().count("\n") == 12 and "\x1b" not in log.getvalue() and "failed after 01:01: popularity" in log.getvalue()
+
+
+def test_a_board_knows_what_is_left(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(grid.time, "perf_counter", lambda: now[0])
+    board = Board(6, 2, StringIO())
+    for number, model in enumerate(["flare", "lir", "flare"]): board.begin(number, {"model": model, "dataset": "shop", "seed": number})
+    assert board.table()["left"].tolist() == [""] * 3 and "left" not in board.summary()
+    board.end(1, 10.0, "it broke")  # says nothing about time
+    assert np.isnan(board.left())
+    board.end(0, 100.0, "")
+    now[0] = 30.0
+    assert board.table()["left"].tolist() == ["", "", "01:10"] and board.left() == (70 + 3 * 100) / 2
+    board.total = 3
+    assert board.left() == 70 and board.summary() == "2 of 3 runs, 1 failed, 00:30 so far, about 01:10 left"
+
+
+def test_folders_are_found_from_wherever_the_notebook_runs(project, monkeypatch):
+    monkeypatch.chdir(project)
+    write_shop(project / "other")
+    (point,) = make_points(project / "nbs/experiments/benchmark.ipynb", [{"model": "flare_pushed", "dataset": "shop", "before": ["other"]}])
+    assert (point.values["dataset"], point.values["before"]) == (str(project / "shop"), [str(project / "other")])
+    assert set(point.fingerprints) == {"shop", "other"}
 
 
 def test_points_travel_to_other_processes(project):
