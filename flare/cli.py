@@ -9,6 +9,7 @@ __all__ = ['COLUMNS', 'assignments', 'text_table', 'report', 'run_command', 'on_
 # %% ../nbs/25_cli.ipynb #43ad0c50
 import argparse
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pandas as pd
@@ -98,11 +99,15 @@ def sweep_command(arguments: argparse.Namespace) -> int:  # exit code: 1 where e
     "flare sweep FILE.yml; FILE may be the name of a file in nbs/experiments/sweeps."
     studies = {study.name.partition("/")[2]: study for study in Study.read(on_shelf(arguments.file, "nbs/experiments/sweeps"))}
     if arguments.study not in (None, *studies): raise ValueError(f"the sweep has no study {arguments.study}; it has {', '.join(studies)}")
+    if arguments.trials is not None:
+        if arguments.study: raise ValueError("--trials is for all studies of a sweep, or one would have more than the others: leave --study out")
+        if arguments.trials < 1: raise ValueError(f"--trials is {arguments.trials}; at least one is needed")
+        studies = {name: replace(study, trials=arguments.trials) for name, study in studies.items()}
     lost = 0
     for name in [arguments.study] if arguments.study else studies:
         trials = read_trials(studies[name]) if arguments.dry_run else run_study(studies[name], workers=arguments.workers)
         complete = trials[trials["state"] == "complete"]
-        print(f"{studies[name].name}: {len(complete)} of {studies[name].trials} trials complete")
+        print(f"{studies[name].name}: {len(complete)} of {max(len(trials), studies[name].trials)} trials complete")
         if len(complete): print(complete.sort_values("value", ascending=False).drop(columns="error").head(5).to_string(index=False))
         for trial in trials[trials["state"] == "fail"].itertuples(): print(f"failed: {studies[name].name} trial {trial.trial}: {trial.error}", file=sys.stderr)
         lost += not len(complete) and not arguments.dry_run
@@ -152,6 +157,7 @@ def make_parser() -> Parser:
     tried = commands.add_parser("sweep", help="run the trials of a sweep that are left, and note the winners")
     tried.add_argument("file", metavar="FILE.yml", help="a sweep; its name will do for one in nbs/experiments/sweeps")
     tried.add_argument("--study", metavar="NAME", help="only this one")
+    tried.add_argument("--trials", type=int, metavar="N", help="of each study, instead of the file's number")
     tried.add_argument("--workers", type=int, default=1, metavar="N", help="notebooks at the same time")
     tried.add_argument("--dry-run", action="store_true", help="only say what was found so far")
     tried.set_defaults(action=sweep_command)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ENTITY', 'reading', 'unique_keys', 'read_json', 'parse_text', 'read_table', 'refuse', 'require', 'clean',
-           'write_bytes', 'write_text']
+           'write_files', 'write_bytes', 'write_text']
 
 # %% ../nbs/02_files.ipynb #5623d17c
 import csv
@@ -146,14 +146,23 @@ def clean(
     return " ".join(words).encode("utf-8", "replace").decode()  # half an emoji becomes a question mark
 
 # %% ../nbs/02_files.ipynb #f3d65f60
+def write_files(
+    contents: dict[Path, bytes],  # path → content; the folders exist
+):
+    "Write files, all of them or none: each to another name first, then all to their places, in the order given."
+    parts = {path.with_name(f"{path.name}.{os.getpid()}-{get_ident()}.tmp"): path for path in contents}  # one for each thread
+    try:
+        for part, path in parts.items(): part.write_bytes(contents[path])
+        for part, path in parts.items(): os.replace(part, path)
+    finally:
+        for part in parts: part.unlink(missing_ok=True)
+
 def write_bytes(
     path: Path,  # its folder exists
     content: bytes,
 ):
     "Write a file so that it is there whole or not at all."
-    part = path.with_name(f"{path.name}.{os.getpid()}-{get_ident()}.tmp")  # one for each thread
-    part.write_bytes(content)
-    os.replace(part, path)
+    write_files({path: content})
 
 def write_text(
     path: Path,  # its folder exists

@@ -183,13 +183,14 @@ class Ranks:
         return all(np.array_equal(getattr(self, name), getattr(other, name)) for name in ("users", "rank", "pessimistic"))
 
     def to_parquet(self,
-        path: str | Path,  # its folder is made if missing
-    ) -> None:
-        "Write columns user, rank and pessimistic_rank, atomically."
-        path, buffer = Path(path), BytesIO()
-        pq.write_table(pa.table({"user": self.users, "rank": self.rank, "pessimistic_rank": self.pessimistic}), buffer)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_bytes(path, buffer.getvalue())
+        path: str | Path | None = None,  # where it is written, atomically; its folder is made if missing; None: nowhere
+    ) -> bytes:  # of the file
+        "Columns user, rank and pessimistic_rank as Parquet."
+        pq.write_table(pa.table({"user": self.users, "rank": self.rank, "pessimistic_rank": self.pessimistic}), buffer := BytesIO())
+        if path is not None:
+            Path(path).parent.mkdir(parents=True, exist_ok=True)
+            write_bytes(Path(path), buffer.getvalue())
+        return buffer.getvalue()
 
     @classmethod
     def from_parquet(cls,

@@ -37,7 +37,7 @@ from .baselines.popularity import Popularity
 from .baselines.repeat_last import RepeatLast
 from .critiquing import CritiqueConfig
 from .data import leave_one_out, load_dataset, norepeat, unseen_users
-from .files import write_bytes, write_text
+from .files import write_files
 from .fusion import FusionConfig
 from .hearing import HearingTest
 from .layers import bf16_is_faster
@@ -312,7 +312,7 @@ def write_record(
     root: str | Path,  # folder that holds records/ and runs/
     more: dict[str, bytes] = {},  # ending → content of other files beside it
 ) -> Path:  # of the JSON file
-    "Write a record and its ranks, atomically. Raises ValueError, and writes nothing, on a metric that is not finite."
+    "Write a record and what is kept beside it, all or nothing, in the place of an older one. Raises ValueError on a metric that is not finite."
     for part, values in record.metrics.items():
         for name, value in values.items():
             if not math.isfinite(value):
@@ -320,9 +320,9 @@ def write_record(
                                  "not recorded; does the split have users to evaluate?")
     path, text = record.path(root), record.to_json()
     path.parent.mkdir(parents=True, exist_ok=True)
-    ranks.to_parquet(path.with_suffix(".ranks.parquet"))
-    for ending, content in more.items(): write_bytes(path.with_suffix(ending), content)
-    write_text(path, text)
+    contents = {path.with_suffix(ending): content for ending, content in ({".ranks.parquet": ranks.to_parquet()} | more).items()} | {path: text.encode()}
+    write_files(contents)
+    for older in {*path.parent.glob(f"{path.stem}.*.parquet")} - {*contents}: older.unlink()
     return path
 
 # %% ../nbs/20_records.ipynb #22b01403

@@ -3,12 +3,14 @@ import ast
 import json
 import os
 import pickle
+import re
 import signal
 import subprocess
 import sys
 import time
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import replace
+from io import StringIO
 from pathlib import Path
 
 import numpy as np
@@ -18,9 +20,9 @@ import torch
 from nbdev.test import _keep_file
 
 from flare import experiments, grid, records
-from flare.experiments import compared, of_its_time, over_seeds, read_records, run, verdict
+from flare.experiments import compared, of_its_time, over_seeds, read_beside, read_heard, read_records, renew, run, verdict
 from flare.files import write_text
-from flare.grid import WHICH, Grid, answers, asked_of, changes, declared_parameters, make_points, read_yaml, run_grid
+from flare.grid import WHICH, Board, Grid, answers, asked_of, changes, declared_parameters, make_points, read_yaml, run_grid
 from flare.metrics import Ranks
 from flare.records import (MODELS, SCHEMA, Record, code_digest, essence, parameters_of, read_record, record_key,
                            resolve, staleness, write_record)
@@ -100,6 +102,27 @@ def test_a_write_that_is_interrupted_leaves_no_record(record, tmp_path, monkeypa
     assert len(read_records("tests", root)) == 0
     write_record(record, ranks, root)
     assert len(read_records("tests", root)) == 1
+
+
+@pytest.mark.parametrize("ending", ["ranks", "heard", "history", "json"])
+def test_a_full_disk_leaves_the_older_record_as_it_was(record, tmp_path, monkeypatch, ending):
+    ranks, root, whole = Ranks(np.arange(2), np.array([1, 2]), np.array([1, 2])), tmp_path / "other", Path.write_bytes
+    older = replace(record, code={})
+    folder = write_record(older, ranks, root, {".heard.parquet": b"old", ".history.parquet": b"old"}).parent
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+
+    def full(path, content):
+        whole(path, content[: len(content) // 2] if ending in path.name else content)
+        if ending in path.name: raise OSError("no space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with pytest.raises(OSError, match="no space left"):
+        write_record(record, ranks.subset([0]), root, {".heard.parquet": b"new", ".history.parquet": b"new"})
+    monkeypatch.undo()
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before and len(before) == 4
+    write_record(record, ranks.subset([0]), root, {".heard.parquet": b"new"})
+    assert {path.name.partition(".")[2] for path in folder.iterdir()} == {"json", "ranks.parquet", "heard.parquet"}
+    assert read_record(record.path(root)) == record and record.path(root).with_suffix(".heard.parquet").read_bytes() == b"new"
 
 
 def test_a_metric_that_is_no_number_is_refused(record, tmp_path):
@@ -188,6 +211,34 @@ def test_threads_parse_one_after_the_other(monkeypatch):
     monkeypatch.setattr(ast, "parse", watched)
     with ThreadPoolExecutor(4) as pool: digests = list(pool.map(code_digest, ["flare"] * 8))
     assert max(most) == 1 and len(most) > 20 and all(digest == digests[0] for digest in digests)
+
+
+def test_a_renewed_record_has_what_the_new_code_keeps_beside_it(shop, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # where `shop` is the name of a folder, as in the record
+    root = tmp_path / "paper"
+    made = [run("tests", "bert4rec", "shop", seed, parameters=SMALL | {"epochs": epochs}, root=root, progress=False) for seed, epochs in ((0, 2), (1, 2))]
+    for record in made: write_text(record.path(root), replace(record, code={"flare.models": "an older one"}, cost={"train_seconds": -1.0}, environment={"date": "then"}).to_json())
+    witness, other = (record.path(root) for record in made)
+    kept = [path.with_suffix(".history.parquet") for path in (witness, other)]
+    curve = pd.read_parquet(kept[0])
+    for path in kept: path.write_bytes(b"older")
+    witness.with_suffix(".traces.parquet").write_bytes(b"of the older code")
+    assert renew("tests", witness.stem, root) == [witness, other]
+    now, theirs = read_record(witness), read_record(other)
+    assert now.code == theirs.code == made[0].code and now.metrics == made[0].metrics
+    assert now.cost["train_seconds"] > 0 and now.environment["date"] != "then" and {"device", "renewed"} <= set(now.environment)
+    assert theirs.cost == {"train_seconds": -1.0} and theirs.environment["date"] == "then" and theirs.environment["renewed"] == now.environment["renewed"]
+    assert pd.read_parquet(kept[0]).equals(curve) and kept[1].read_bytes() == b"older" and not witness.with_suffix(".traces.parquet").exists()
+
+
+def test_what_lies_beside_an_older_record_is_left_out(shop, tmp_path):
+    root = tmp_path / "paper"
+    record = run("tests", "bert4rec", str(shop), parameters=SMALL | {"epochs": 2}, root=root, progress=False)
+    path = record.path(root)
+    (path.parent / "killed.history.parquet").write_bytes(path.with_suffix(".history.parquet").read_bytes())  # and no record
+    assert set(read_beside("tests", "history", root)["key"]) == {record.key}
+    path.write_text(json.dumps({"schema": 0, "model": "bert4rec", "seed": 0, "metrics": {"precise|who": {"mrr": 0.5}}}))
+    assert len(read_records("tests", root)) == 1 and read_beside("tests", "history", root).empty and read_heard("tests", root)[0].empty
 
 
 # a run
@@ -307,6 +358,7 @@ def test_a_point_is_answered_by_its_seeds_and_named_by_what_it_changes(shop, tmp
     assert answers(records, named[2])[["seed", "parameters"]].values.tolist() == [[0, '{"k1": 3.0}'], [1, '{"k1": 3.0}']]
     assert len(answers(records, named[0])) == 2 and len(answers(records, named[0] | {"split": "unseen_users"})) == 1
     assert answers(records, named[0] | {"k1": 9}).empty
+    assert answers(records, points[2]).equals(answers(records, named[2])) and len(answers(records, points[2])) == 2  # by the folder
     assert [changes(point, points[0]) for point in points] == ["", "", "k1 = 3.0", "k1 = 3.0"]
     assert changes(points[0] | {"split": "norepeat"}, points[2]) == "k1 = 1.5, norepeat"
     found = compared(answers(records, named[0]), {"other": answers(records, named[2]), "none": records[:0]}, {"MRR": "mrr"}, root)
@@ -458,14 +510,77 @@ def test_each_place_has_a_gpu_of_its_own(project, monkeypatch):
         seen.clear()
 
 
-def test_dask_runs_a_grid(project):
+def test_dask_runs_a_grid(project, monkeypatch):
     distributed = pytest.importorskip("distributed")
     shop = Grid("benchmark", {"dataset": str(project / "shop")}, [{"model": ["popularity", "repeat_last"]}])
     with distributed.LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=None, local_directory=str(project)) as cluster, cluster.get_client() as client:
-        done = run_grid(shop, workers=2, executor=client.get_executor(), project=project, progress=False)
-        assert len(client.run(os.getpid)) == 2
+        executor, ran = client.get_executor(), []
+        monkeypatch.setattr(executor, "submit", lambda function, *arguments, submit=executor.submit: ran.append(submit(function, *arguments)) or ran[-1])
+        done = run_grid(shop, workers=2, executor=executor, project=project, progress=False)
+        assert len(client.run(os.getpid)) == len(ran) == 2 and all(future.result()[1] == "" for future in ran)  # each point went to the cluster
     assert list(done["state"]) == ["done"] * 2, list(done["note"])
     assert set(read_records("benchmark", project / "paper")["key"]) == set(done["key"])
+
+
+@pytest.mark.parametrize("given", [True, False])
+def test_a_given_executor_runs_every_point_and_is_left_open(project, monkeypatch, given):
+    monkeypatch.setattr(grid, "execute", lambda point, *_: (0.0, ""))
+    shop, calls = Grid("benchmark", {"dataset": str(project / "shop")}, [{"model": ["popularity", "repeat_last", "lir"]}]), []
+    executor = here(calls)
+    monkeypatch.setattr(executor, "shutdown", lambda **_: calls.append("shut down"))
+    done = run_grid(shop, executor=executor if given else None, project=project, progress=False)
+    assert list(done["state"]) == ["done"] * 3 and calls == [grid.execute] * 3 * given
+
+
+class Screen(StringIO):
+    "A terminal: `seen` is what stands on it."
+    def isatty(self): return True
+
+    def seen(self) -> list[str]:
+        lines = [""]
+        for up, text in re.findall(r"(?:\x1b\[(\d+)A\x1b\[J)?([^\x1b]*)", self.getvalue()):
+            if up: lines = lines[: len(lines) - 1 - int(up)] + [""]
+            first, *more = text.split("\n")
+            lines = lines[:-1] + [lines[-1] + first] + more
+        return lines[:-1]
+
+
+def test_a_board_is_drawn_in_its_place(project, monkeypatch):
+    shop, screen, seen = Grid("benchmark", {"dataset": str(project / "shop")}, [{"model": "popularity", "seed": list(range(12))}]), Screen(), []
+    monkeypatch.setenv("COLUMNS", "100"), monkeypatch.setenv("LINES", "30"), monkeypatch.setattr(sys, "stderr", screen)
+    monkeypatch.setattr(grid, "execute", lambda point, *_: seen.append(screen.seen()) or (61.0, "it broke" if point.values["seed"] == 3 else ""))
+    run_grid(shop, executor=here([]), project=project)
+    assert [next((line for line in lines if "of 12 runs" in line), "") for lines in seen][0] == "" and all(len(lines) <= 9 for lines in seen)
+    last = screen.seen()
+    assert last[0].split() == ["model", "dataset", "seed", "state", "time", "left"] and len(last) == 8 and last[-1].startswith("12 of 12 runs, 1 failed, 00:0")
+    assert [line.split()[2:5] for line in last[1:-1]] == [[str(seed), "done", "01:01"] for seed in range(6, 12)]
+    assert sum("of 12 runs" in line for line in last) == 1
+    monkeypatch.setattr(sys, "stderr", log := StringIO())
+    run_grid(replace(shop, base=shop.base | {"experiment": "another"}), executor=here([]), project=project)
+    assert log.getvalue().count("\n") == 12 and "\x1b" not in log.getvalue() and "failed after 01:01: popularity" in log.getvalue()
+
+
+def test_a_board_knows_what_is_left(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(grid.time, "perf_counter", lambda: now[0])
+    board = Board(6, 2, StringIO())
+    for number, model in enumerate(["flare", "lir", "flare"]): board.begin(number, {"model": model, "dataset": "shop", "seed": number})
+    assert board.table()["left"].tolist() == [""] * 3 and "left" not in board.summary()
+    board.end(1, 10.0, "it broke")  # says nothing about time
+    assert np.isnan(board.left())
+    board.end(0, 100.0, "")
+    now[0] = 30.0
+    assert board.table()["left"].tolist() == ["", "", "01:10"] and board.left() == (70 + 3 * 100) / 2
+    board.total = 3
+    assert board.left() == 70 and board.summary() == "2 of 3 runs, 1 failed, 00:30 so far, about 01:10 left"
+
+
+def test_folders_are_found_from_wherever_the_notebook_runs(project, monkeypatch):
+    monkeypatch.chdir(project)
+    write_shop(project / "other")
+    (point,) = make_points(project / "nbs/experiments/benchmark.ipynb", [{"model": "flare_pushed", "dataset": "shop", "before": ["other"]}])
+    assert (point.values["dataset"], point.values["before"]) == (str(project / "shop"), [str(project / "other")])
+    assert set(point.fingerprints) == {"shop", "other"}
 
 
 def test_points_travel_to_other_processes(project):

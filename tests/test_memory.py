@@ -73,7 +73,7 @@ def test_texts_and_steps_are_in_the_plan():
 
 
 def test_an_evaluation_on_a_gpu_is_planned_as_it_is_done(monkeypatch):
-    monkeypatch.setattr(memory, "free_memory", lambda device: None)
+    monkeypatch.setattr(memory, "free_memory", lambda device="cpu": None)
     config = FlareConfig(n_items=400_000, hidden_size=64, heads=2)
     here, there = (plan_memory(config, TrainConfig(), device=device).parts["an evaluation"] for device in ("cpu", "cuda"))
     assert here == 4 * (3 * 2**20 + 256 * 50 * (8 * 64 + 2 * 1024)) and there == 4 * (3 * 2**28 + 4096 * 50 * (8 * 64 + 2 * 1024))

@@ -1,4 +1,6 @@
 "Sweeps: as many trials as were asked for, none lost; and the winner is the best."
+import json
+import shutil
 from dataclasses import replace
 
 import optuna
@@ -7,7 +9,8 @@ from filelock import FileLock
 from optuna.distributions import CategoricalDistribution, FloatDistribution
 
 from flare import cli, grid, sweeps
-from flare.grid import Grid, read_yaml
+from flare.grid import Grid, asked_of, changes, read_yaml
+from flare.records import TAUGHT, Record, code_digest
 from flare.sweeps import Study, open_study, read_trials, run_study
 from shop import HOME, write_project
 from test_experiments import here
@@ -28,8 +31,15 @@ def quick(monkeypatch):
     "Runs nothing: the value of a trial is 1 - |b - 0.3|; returns what was run."
     ran = []
     monkeypatch.setattr(grid, "execute", lambda point, project, threads, gpu: ran.append(point.values["b"]) or (0.0, ""))
-    monkeypatch.setattr(sweeps, "value_of", lambda point, project: 1 - abs(point.values["b"] - 0.3))
+    monkeypatch.setattr(sweeps, "record_of", record_of)
     return ran
+
+
+def record_of(point, project):
+    "As if a trial had been run."
+    data = {"name": "shop", "split": "leave_one_out"}
+    model = point.values["model"]
+    return Record("small", model, 0, {}, {}, data, {"validation": {sweeps.METRIC: 1 - abs(point.values["b"] - 0.3)}}, {}, {}, code_digest(model))
 
 
 def test_the_winner_is_the_best_of_the_trials(study, project, quick):
@@ -105,6 +115,18 @@ def test_a_sweep_that_makes_no_sense(tmp_path, old, new, message):
     with pytest.raises(ValueError, match=message): Study.read(tmp_path / "x.yml")
 
 
+def test_a_trial_of_other_code_is_told(study, project, quick, monkeypatch):
+    run_study(replace(study, trials=2), project, executor=here([]), progress=False)
+    assert read_trials(study, project)["other_code"].tolist() == [""] * 2
+    later = code_digest("lir") | {"flare.metrics": "another", "flare.new": "one"}
+    monkeypatch.setattr(sweeps, "code_digest", lambda model: later)
+    monkeypatch.setattr(sweeps, "record_of", lambda point, project: replace(record_of(point, project), code=later))
+    monkeypatch.setattr(grid, "execute", lambda point, *_: (0.0, "it broke" if len(quick) > 2 else quick.append(point.values["b"]) or ""))
+    tried = run_study(study, project, executor=here([]), progress=False)
+    assert tried["state"].tolist() == ["complete"] * 3 + ["fail"] and tried["other_code"].tolist() == ["flare.metrics, flare.new"] * 2 + ["", ""]
+    assert open_study(study, project).user_attrs["made 0"]["code"] == code_digest("lir") and open_study(study, project).user_attrs["trials"] == 4
+
+
 def test_two_at_once_are_refused(study, project, quick):
     (project / "paper/runs").mkdir(parents=True)
     with FileLock(project / "paper/runs/small-lir.lock"), pytest.raises(ValueError, match="another process is running small/lir"):
@@ -130,6 +152,38 @@ def test_a_list_that_won_is_one_value(study, project, quick):
     assert [point["listener_forms"] for point in Grid.read(file).expand()] == [["leaf", "brand"]]
 
 
+@pytest.mark.parametrize("won", [["flare"], ["bert4rec"], ["flare", "bert4rec"]])
+def test_with_winners_the_grids_still_differ_from_table_2_where_they_say_so(tmp_path, monkeypatch, won):
+    known = {}
+    monkeypatch.setattr(grid, "asked_of", lambda point: known[text] if (text := json.dumps(point, sort_keys=True)) in known else known.setdefault(text, asked_of(point)))
+    shared = {"dataset": "recformer/Scientific", "epochs": 11, "patience": 7, "evaluate_every": 4, "hidden_size": 320, "layers": 5, "heads": 16, "dropout": 0.45,
+              "mask_probability": 0.11, "last_mask_share": 0.33, "learning_rate": 1e-4}
+    values = {"flare": shared | {"model": "flare", "perceiver_layers": 4, "latents": 3, "alpha": 0.3, "temperature": 0.7}, "bert4rec": shared | {"model": "bert4rec", "layers": 6, "dropout": 0.35}}
+    shelf = tmp_path / "nbs/experiments"
+    shutil.copytree(HOME / "nbs/experiments", shelf)
+    (tmp_path / "settings.ini").touch()
+
+    def read(name):
+        "The points of a grid, each as what is trained for it, and how it differs from table 2."
+        points = [point | {"model": {"flare_hears": "flare", "flare_pushed": "flare"}.get(point["model"], TAUGHT.get(point["model"], point["model"]))} for point in Grid.read(shelf / f"{name}.yml").expand(only={"seed": 0})]
+        return [point for point in points if point["model"] in ("flare", "bert4rec")]
+
+    def differ(name):
+        plain = {(point["model"], point["dataset"]): point for point in read("benchmark")}
+        return [{change.split(" = ")[0] for change in changes(point, plain[point["model"], point["dataset"]]).split(", ")} for point in read(name)]
+
+    names = ("ablations", "push", "fusion", "critiquing", "unseen")
+    by_hand = {name: differ(name) for name in names}
+    before = read("benchmark")
+    (tmp_path / grid.WINNERS).parent.mkdir(parents=True)
+    (tmp_path / grid.WINNERS).write_text(json.dumps({f"scientific/{model}": {"values": values[model]} for model in won}))
+    for name in names:
+        for hand, swept in zip(by_hand[name], differ(name), strict=True): assert swept == hand or name == "unseen" and swept <= hand
+    for old, new in zip(before, read("benchmark"), strict=True):
+        tuned = new["model"] in won and new["dataset"] in ("recformer/Scientific", "lcrec/Scientific", "lcrec/Office2014")
+        assert (grid.asked_of(new)[0].get("layers") == values[new["model"]]["layers"]) == tuned and (tuned or grid.asked_of(old) == grid.asked_of(new)) and (new["dataset"], new["seed"]) == (old["dataset"], old["seed"])
+
+
 @pytest.mark.parametrize("file", sorted((HOME / "nbs/experiments/sweeps").glob("*.yml")), ids=lambda p: p.name)
 def test_every_sweep_can_be_run(file, monkeypatch, project):
     class Stand:
@@ -153,3 +207,7 @@ def test_from_the_command_line(study, project, quick, monkeypatch, capsys):
     assert "small/lir: 2 of 2 trials complete" in capsys.readouterr().out
     assert cli.main(["sweep", "small.yml", "--study", "bm25"]) == 2
     assert "the sweep has no study bm25; it has lir" in capsys.readouterr().err
+    for wrong, message in ((["--trials", "4", "--study", "lir"], "--trials is for all studies of a sweep"), (["--trials", "0"], "--trials is 0")):
+        assert cli.main(["sweep", "small.yml", *wrong]) == 2 and message in capsys.readouterr().err
+    assert len(quick) == 2 and cli.main(["sweep", "small.yml", "--trials", "3"]) == 0 and len(quick) == 3
+    assert cli.main(["sweep", "small.yml", "--dry-run"]) == 0 and capsys.readouterr().out.count("small/lir: 3 of 3 trials complete") == 2
