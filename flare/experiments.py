@@ -381,7 +381,7 @@ def renew(
         new = run(experiment, old.model, old.dataset["name"], old.seed, old.dataset["split"], old.parameters, scratch)
         after = Ranks.from_parquet(new.path(scratch).with_suffix(".ranks.parquet"))
         beside = {file.name.removeprefix(new.key): file.read_bytes() for file in new.path(scratch).parent.glob("*.parquet")}
-    if not before.equal(after) or old.metrics != new.metrics:
+    if not before.equal(after) or not old.metrics.items() <= new.metrics.items():  # what is measured besides may be new
         now, then = (r.metrics["test"]["ndcg@10_pessimistic"] for r in (new, old))
         machines = [tuple(r.environment.get(name, "unknown") for name in ("processor", "device")) for r in (old, new)]
         elsewhere = f"; it was made elsewhere ({', '.join(machines[0])}; here {', '.join(machines[1])}), which alone can do that" if machines[0] != machines[1] else ""
