@@ -33,7 +33,7 @@ from .metrics import METRICS, Ranks, evaluate, paired_bootstrap
 from .models import FlareConfig, FlareModel
 from .pushing import PushConfig, others_before, trained_before, tuned
 from .records import (SCHEMA, SPLITS, TAUGHT, TRAINING_FREE, Record, code_digest, configs, environment, parameters_of, project_folder,
-                           read_record, record_key, record_path, resolve, staleness, typed, write_record)
+                           read_record, record_key, record_path, resolve, staleness, typed, untaught, write_record)
 from .text import Encoder, TextConfig, TokenStates, item_texts, token_states
 from .trainer import TrainConfig, train
 
@@ -216,11 +216,12 @@ def read_records(
     experiment: str,  # name of the folder of records
     root: str | Path | None = None,  # folder that holds records/; None: paper/ of the project
     check_data: bool = True,  # load the datasets and compare fingerprints; those not at hand are not compared
+    before_taught: bool = False,  # as what a model was before it was taught, see `untaught`
 ) -> pd.DataFrame:  # one row a record; no rows where there are none
     "All records of an experiment, with the reasons where one is stale."
     root = project_folder() / "paper" if root is None else Path(root)
     paths = sorted(record_path(root, experiment, "any").parent.glob("*.json"))
-    records = {path.stem: read_record(path) for path in paths}
+    records = {path.stem: untaught(read_record(path)) if before_taught else read_record(path) for path in paths}
     names = {name for r in records.values() for name in (r.dataset.get("name"), *r.dataset.get("before", ()))} - {None}
     now = {name: fingerprint_now(name) for name in names} if check_data else {}
     about = ("split", "users", "items", "interactions", "text_coverage")
@@ -252,11 +253,8 @@ def benchmark_records(
     check_data: bool = True,  # see `read_records`
 ) -> pd.DataFrame:  # as from `read_records`
     "The records of table 2: those of `benchmark`, and those of `critiquing` as what was trained before it was taught, which is the same while nobody speaks."
-    told = read_records("critiquing", root, check_data)
-    told = told[told["model"].isin(TAUGHT)]
-    silent = [json.dumps({name: value for name, value in json.loads(given).items() if name in parameters_of(TAUGHT[model])}, sort_keys=True)
-              for model, given in zip(told["model"], told["parameters"])]
-    both = pd.concat([read_records("benchmark", root, check_data), told.assign(model=told["model"].map(TAUGHT), parameters=silent)], ignore_index=True)
+    before = read_records("critiquing", root, check_data, before_taught=True)
+    both = pd.concat([read_records("benchmark", root, check_data), before[before["model"].isin(TAUGHT.values())]], ignore_index=True)
     return both.sort_values("stale", kind="stable").drop_duplicates(["dataset", "split", "model", "seed", "parameters"]).sort_index()  # what holds before what is stale
 
 # %% ../nbs/21_experiments.ipynb #0166fcc3
@@ -313,9 +311,10 @@ def read_heard(
     experiment: str,  # name of the folder of records
     root: str | Path | None = None,  # folder that holds records/; None: paper/ of the project
 ) -> tuple[pd.DataFrame, dict[str, pd.DataFrame]]:  # a row for each key, said, who, strength and metric, with its value; and the ranks of each key, see `HearingTest.to_parquet`
-    "The hearing tests of an experiment; no rows where there are none."
+    "The hearing tests of an experiment: of runs that agree in all but the seed those that hold, or all where none does. No rows where there are none."
     root = project_folder() / "paper" if root is None else Path(root)
     records, rows, ranks = read_records(experiment, root), [], {}
+    records = records[~records["stale"].astype(bool) | records.groupby(["dataset", "split", "model", "parameters"])["stale"].transform("all").astype(bool)]
     for key, model, dataset, seed, parameters, stale in records[["key", "model", "dataset", "seed", "parameters", "stale"]].itertuples(index=False):
         record = read_record(path := record_path(root, experiment, key))
         if record.schema < SCHEMA: continue
@@ -390,7 +389,13 @@ def renew(
     here = environment(root)
     witness = {"renewed": {"by": f"{experiment}/{key}", "commit": here["commit"]}}
     records = {other: read_record(other) for other in sorted((root / "records").glob("*/*.json")) if other != path}
-    renewed = {other: replace(r, code=new.code, environment=r.environment | witness) for other, r in records.items() if (r.model, r.code) == (old.model, old.code)}
+    def shared(r: Record) -> dict[str, str]:  # module → digest; {} where nothing is
+        "The code that a record has in common with the witness, as it is now."
+        if (r.model, r.code) == (old.model, old.code): return new.code
+        (then, now, theirs) = map(untaught, (old, new, r))
+        return now.code if (theirs.model, theirs.code) == (then.model, then.code) else {}
+
+    renewed = {other: replace(r, code=r.code | of_both, environment=r.environment | witness) for other, r in records.items() if r.schema == SCHEMA and (of_both := shared(r))}
     write_files({other: r.to_json().encode() for other, r in renewed.items()})
     write_record(replace(new, parameters=old.parameters, environment=here | witness), after, root, beside)  # last: while it is stale, renewing can be begun again
     return [path, *renewed]

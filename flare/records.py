@@ -6,7 +6,7 @@
 __all__ = ['TRAINING_FREE', 'STEERED', 'TAUGHT', 'EXTENDED', 'TRAINED', 'MODELS', 'SPLITS', 'GIVEN_ELSEWHERE', 'PARSING',
            'SCHEMA', 'parameters_of', 'typed', 'resolve', 'configs', 'record_key', 'parsed', 'essence', 'imported',
            'source_of', 'code_digest', 'project_folder', 'git', 'processor', 'environment', 'record_path', 'Record',
-           'write_record', 'read_record', 'staleness']
+           'write_record', 'read_record', 'staleness', 'untaught']
 
 # %% ../nbs/20_records.ipynb #5096be3b
 import ast
@@ -375,3 +375,15 @@ def staleness(
     data = [name for name, fingerprint in trained_on.items() if (now or {}).get(name) not in (None, fingerprint)]
     reasons = {"code": modules, "data": data, "parameters": changed}
     return "; ".join(f"{what} changed: {', '.join(names)}" for what, names in reasons.items() if names)
+
+# %% ../nbs/20_records.ipynb #34216f80
+def untaught(
+    record: Record,
+) -> Record:  # the same where it was taught nothing
+    "What a record says of the model before it was taught: its name, and of parameters, values and code those that it had then."
+    if record.model not in TAUGHT: return record
+    before = TAUGHT[record.model]
+    names, modules = parameters_of(before), code_digest(before)
+    return replace(record, model=before, parameters={name: value for name, value in record.parameters.items() if name in names},
+                   config={name: value for name, value in record.config.items() if name in names},
+                   code={module: digest for module, digest in record.code.items() if module in modules})

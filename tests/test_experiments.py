@@ -241,6 +241,17 @@ def test_what_lies_beside_an_older_record_is_left_out(shop, tmp_path):
     assert len(read_records("tests", root)) == 1 and read_beside("tests", "history", root).empty and read_heard("tests", root)[0].empty
 
 
+def test_what_is_stale_stands_back_where_another_seed_holds(shop, tmp_path):
+    root = tmp_path / "paper"
+    made = [run("tests", "popularity", str(shop), seed=seed, root=root, progress=False) for seed in (0, 1)]
+    for held in (1, 0):
+        for record in made[held:]:
+            older = replace(record, code={"flare.baselines.popularity": "older"}, metrics=record.metrics | {"precise|silent": {"mrr": 0.5}})
+            write_text(record.path(root), older.to_json())
+        if held: write_text(made[0].path(root), replace(made[0], metrics=made[0].metrics | {"precise|silent": {"mrr": 0.5}}).to_json())
+        assert sorted(read_heard("tests", root)[0]["seed"]) == ([0] if held else [0, 1])
+
+
 # a run
 
 def test_a_failing_run_leaves_no_record(shop, tmp_path, monkeypatch):
