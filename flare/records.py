@@ -20,7 +20,7 @@ import re
 import subprocess
 import tokenize
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import datetime, timezone
 from functools import cache
 from hashlib import sha256
