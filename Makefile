@@ -4,6 +4,7 @@ VENV ?= .venv
 DATASET ?= ml-100k
 BIN := $(VENV)/bin
 PIP := pip install -q --disable-pip-version-check --no-compile
+unexport PYTHONDONTWRITEBYTECODE  # where nothing compiled is kept, every start of Python takes ten seconds more
 
 .PHONY: setup quickstart test smoke pages paper readme peers clean
 

@@ -25,7 +25,7 @@ from filelock import FileLock
 from .critiquing import CritiqueConfig, critiques_of
 from .data import READERS, Catalogue, Dataset, Holdout, Split, load_dataset, norepeat
 from .files import write_files, write_text
-from .fusion import Fused, FusionConfig, fuse
+from .fusion import FusionConfig, fuse
 from .hearing import HearingTest, hearing_voice, listening_voice, traces
 from .listening import ListenConfig, calibrate, sayings, teach
 from .memory import plan_memory
@@ -48,6 +48,7 @@ class Built(NamedTuple):
     max_len: int = MAX_LEN  # that it is evaluated with
     voice: Callable | None = None  # None: it cannot be told anything
     history: pd.DataFrame | None = None  # of its training, see `TrainResult`; None: it had none
+    fitted: dict[str, dict[str, float]] = {}  # to validation users, once it was trained: the weights of a fusion, how far a listener is trusted
 
 # %% ../nbs/21_experiments.ipynb #ef74e457
 def check_memory(
@@ -78,14 +79,14 @@ def voice_of(
     added: object,  # what the model has beyond Flare, see `configs`
     seed: int,
     progress: bool,  # show the teaching
-) -> Callable | None:  # None: it cannot be told anything
+) -> tuple[Callable | None, dict]:  # None: it cannot be told anything; and what was fitted, see `Built`
     "Give a trained model a voice, where it is to have one."
-    if isinstance(added, CritiqueConfig): return hearing_voice(model, reading, added.masked_text)
-    if isinstance(added, ListenConfig):
-        encoder = Encoder(reading)
-        listener = teach(model, catalogue, encoder, added, seed, progress)
-        calibrate(listener, model, catalogue, validation, encoder, model.config.max_len)
-        return listening_voice(model, listener, encoder)
+    if isinstance(added, CritiqueConfig): return hearing_voice(model, reading, added.masked_text), {}
+    if not isinstance(added, ListenConfig): return None, {}
+    encoder = Encoder(reading)
+    listener = teach(model, catalogue, encoder, added, seed, progress)
+    calibrate(listener, model, catalogue, validation, encoder, model.config.max_len)
+    return listening_voice(model, listener, encoder), {"listener": {"trust": listener.trust}}
 
 # %% ../nbs/21_experiments.ipynb #636adc14
 def build(
@@ -115,12 +116,13 @@ def build(
     critiques = critiques_of(dataset.catalogue, added, reading, progress) if isinstance(added, CritiqueConfig) else None
     result, taught = train(made, split, training, folder, progress, text, critiques), time.perf_counter()
     if isinstance(added, FusionConfig): made = fuse(made, split.validation, config.max_len, added, seed)
-    voice = voice_of(made, dataset.catalogue, split.validation, reading, added, seed, progress)
+    voice, fitted = voice_of(made, dataset.catalogue, split.validation, reading, added, seed, progress)
+    if isinstance(added, FusionConfig): fitted = {"fusion": made.named_weights}
     cost = {"epochs": result.epochs, "steps": result.steps, "train_seconds": result.train_seconds, "eval_seconds": result.eval_seconds,
             "peak_memory_mb": result.peak_memory_mb, "trainable_parameters": sum(p.numel() for p in made.parameters() if p.requires_grad)}
     if voice or isinstance(added, FusionConfig): cost["teach_seconds"] = time.perf_counter() - taught
     if pushed is added: cost["before_seconds"] = tuning_seconds + before_seconds
-    return Built(made, cost, config.max_len, voice, result.history)
+    return Built(made, cost, config.max_len, voice, result.history, fitted)
 
 # %% ../nbs/21_experiments.ipynb #192054c4
 def claim(
@@ -149,14 +151,13 @@ def measure(
     split: Split,  # of the dataset
 ) -> Measured:
     "Rank the validation users and the test users; hear the model, where it can be told something."
-    model, cost, max_len, voice, history = built
+    model, cost, max_len, voice, history, fitted = built
     start = time.perf_counter()
     ranks = {part: evaluate(model, holdout, split.n_items, max_len) for part, holdout in (("validation", split.validation), ("test", split.test))}
     cost = cost | {"eval_seconds": cost["eval_seconds"] + time.perf_counter() - start}
-    metrics = {part: r.metrics() for part, r in ranks.items()}
+    metrics = {part: r.metrics() for part, r in ranks.items()} | fitted
     heard = voice and HearingTest(model, voice, dataset, split, max_len=max_len).run()
     if heard: metrics, cost = metrics | heard.results, cost | heard.latency()
-    if isinstance(model, Fused): metrics["fusion"] = model.named_weights
     tables = {".traces.parquet": traces(model, voice, dataset, split, max_len), ".history.parquet": history}
     beside = {ending: table.to_parquet(compression="zstd", index=False) for ending, table in tables.items() if table is not None and len(table)}
     if heard and (kept := heard.to_parquet()): beside[".heard.parquet"] = kept
@@ -319,7 +320,7 @@ def read_heard(
         record = read_record(path := record_path(root, experiment, key))
         if record.schema < SCHEMA: continue
         for name, values in record.metrics.items():
-            if name in ("validation", "test"): continue
+            if "|" not in name: continue  # of the ranks, or fitted
             said, _, who = name.partition("|")
             who, _, strength = who.partition("listens ") if who.startswith("listens ") else (who, "", "nan")
             rows += [(key, model, dataset, seed, parameters, stale, said, who or "listens", float(strength), metric, value) for metric, value in values.items()]

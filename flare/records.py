@@ -68,7 +68,8 @@ def parameters_of(
     if model in TRAINING_FREE:
         arguments = list(inspect.signature(TRAINING_FREE[model].build).parameters.values())[2:]
         return {a.name: a.default for a in arguments}
-    complete = {name: getattr(FlareConfig(), name) for name in FlareConfig.own_fields()}
+    plain = FlareConfig()
+    complete = {name: getattr(plain, name) for name in FlareConfig.own_fields()}
     complete |= asdict(TextConfig()) | asdict(TrainConfig()) | (asdict(EXTENDED[model]()) if model in EXTENDED else {})
     reading = {*FlareConfig.text_fields(), *asdict(TextConfig()), "reader_rate", "read_share", "refresh_every", "fusion_recent"}
     return {k: v for k, v in complete.items() if k not in GIVEN_ELSEWHERE and (k not in reading or TAUGHT.get(model, model) != "bert4rec")}
@@ -276,7 +277,7 @@ class Record:
     parameters: dict  # those that differ from the defaults; part of the key
     config: dict  # the complete configuration, defaults included
     dataset: dict  # name, fingerprint, split, users, items, interactions, text_coverage; "before": name → fingerprint of sets that it was trained on first
-    metrics: dict  # validation and test, "what was said | who answered" of a model that is told, and the weights of a fusion: name → value
+    metrics: dict  # validation and test, "what was said | who answered" of a model that is told, and what was fitted ("fusion", "listener"): name → value
     cost: dict  # epochs, steps, train_seconds, eval_seconds, peak_memory_mb, trainable_parameters
     environment: dict  # device, libraries, commit, date
     code: dict  # module → digest

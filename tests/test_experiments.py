@@ -10,6 +10,7 @@ import sys
 import time
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 from io import StringIO
 from pathlib import Path
 
@@ -26,6 +27,7 @@ from flare.grid import WHICH, Board, Grid, answers, asked_of, changes, declared_
 from flare.metrics import Ranks
 from flare.records import (MODELS, SCHEMA, Record, code_digest, essence, parameters_of, read_record, record_key,
                            resolve, staleness, write_record)
+from processes import ended, start
 from shop import HOME, write_project, write_shop
 from tiny_encoder import write_encoder
 
@@ -324,19 +326,16 @@ def test_two_at_once_run_it_once(shop, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("model", ["bert4rec", "flare"])
-def test_a_killed_run_goes_on_and_ends_the_same(model, shop, tmp_path, monkeypatch):
-    monkeypatch.setenv("FLARE_CACHE", str(tmp_path / "cache"))
+def test_a_killed_run_goes_on_and_ends_the_same(model, shop, tmp_path):
     parameters = SMALL | {"epochs": 60, "patience": 60, "encoder": str(write_encoder(tmp_path / "encoder")), "latents": 2,
                           "perceiver_size": 8, "perceiver_heads": 2, "refresh_every": 5}
     given = dict(experiment="tests", model=model, dataset=str(shop), parameters=parameters, progress=False)
-    script = (f"import sys, torch; torch.set_num_threads({torch.get_num_threads()})\n"
-              f"from flare.experiments import run; run(root=sys.argv[1], **{given})")
     killed, whole = tmp_path / "killed", tmp_path / "whole"
-    process = subprocess.Popen([sys.executable, "-c", script, str(killed)])
-    while not list(killed.glob("runs/tests/*/epoch-0000[3-9]*")) and process.poll() is None:
+    process = start(partial(run, root=killed, **given))
+    while not list(killed.glob("runs/tests/*/epoch-0000[3-9]*")) and process.is_alive():
         time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL, "it ended before it could be killed"
+    os.kill(process.pid, signal.SIGKILL)
+    assert ended(process) == -signal.SIGKILL, "it ended before it could be killed"
     assert list(killed.glob("runs/tests/*/epoch-*")) and len(read_records("tests", killed)) == 0
     one, other = run(root=killed, **given), run(root=whole, **given)
     assert one.metrics == other.metrics and one.cost["steps"] == other.cost["steps"]

@@ -12,7 +12,7 @@ from flare import experiments
 from flare.critiquing import DEPTH, FORMS, silenced
 from flare.experiments import read_beside, run
 from flare.hearing import RULES, STRENGTHS, WEAR, WORDING, HearingTest, Remembering, hearing_voice, listening_voice, singular, synonymous, traces, wear
-from flare.listening import ListenConfig, Listening, hear, own_words, read_strings, sayings, teach, together
+from flare.listening import ListenConfig, Listening, calibrate, hear, own_words, read_strings, sayings, teach, together
 from flare.masking import evaluation_batches
 from flare.metrics import cat_ndcg, evaluate
 from flare.models import FlareConfig, FlareModel
@@ -132,6 +132,25 @@ def test_what_an_item_is_called_in_several_ways_is_said_of_it_more_often(shop, l
     typical = taught.items[below * 2 + [0] * 5].mean(0)
     torch.testing.assert_close(taught.typical[taught.known["office - room0"]], typical)
     assert {"own", "typical", "items"} <= set(dict(taught.named_buffers()))  # they move with it
+
+
+def test_a_guess_is_trusted_as_far_as_validation_users_bear_it_out(shop, listener):
+    dataset, model, encoder = shop
+    users, hasty = leave_one_out(dataset).validation, copy.deepcopy(listener)
+    hasty.items = 3 * listener.items  # three times as sure
+    calibrate(hasty, model, dataset.catalogue, users, encoder, 10)
+    found, said = hasty.trust, FORMS["worn"](dataset.catalogue, 1000)
+    strange = np.array([bool(said[target]) and said[target].casefold() not in listener.known for target in users.targets])
+    asked, wishes = hear(model, hasty, [said[target] for target in users.targets[strange]], encoder)
+    (made,) = evaluation_batches(users.history.take(strange), users.targets[strange], ITEMS, 10, critiques=asked)
+    def likelihood(trust: float) -> float:
+        hasty.trust = trust
+        with torch.no_grad(): scores = Listening(model, hasty, wishes).scorer(made)(slice(0, ITEMS))
+        return scores.log_softmax(1)[np.arange(len(scores)), made.targets].mean().item()
+    assert 20 < strange.sum() < len(users) and 0 < found < 0.95
+    assert likelihood(found) > max(likelihood(found - 0.05), likelihood(found + 0.05))
+    calibrate(hasty, model, dataset.catalogue, users.__class__(users.users[:0], users.history.take(slice(0, 0)), users.targets[:0]), encoder, 10)
+    assert hasty.trust == pytest.approx(found + 0.05)  # nobody was there: as it was
 
 
 def test_a_model_thinks_once_of_the_same_histories(shop, listener):
@@ -332,4 +351,5 @@ def test_a_model_that_is_told_things_has_a_record(folder, tmp_path, model):
     assert read_record(path) == record and staleness(record) == "" and path.with_suffix(".heard.parquet").exists()
     assert record.metrics["precise|listens 1"]["users"] == 30 and record.metrics["precise|chosen on validation"]["strength"] > 0
     assert {"flare.hearing", "flare.listening", "flare.critiquing"} <= set(code_digest(model)) and "flare.hearing" not in code_digest("flare")
+    assert 0 <= record.metrics["listener"]["trust"] <= 1 if model == "flare_listens" else "listener" not in record.metrics
     assert ("listener_steps" in record.parameters) == (model == "flare_listens") and "teach_seconds" in record.cost

@@ -4,80 +4,95 @@ import os
 import socket
 import subprocess
 import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
+from typing import NamedTuple
 
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+import torch.distributed as dist
+from safetensors.torch import load_file, save_file
+from torch import nn
 
 from flare import parallel
 from flare.data import leave_one_out, load_dataset
+from flare.losses import masked_item_loss
 from flare.masking import TrainingBatches
-
-PROGRAM = """
-import os, sys, torch
-import numpy as np
-from safetensors.torch import save_file
-from flare.data import leave_one_out, load_dataset
 from flare.models import FlareConfig, FlareModel
-from flare.parallel import assemble, shard_rows, whole
+from flare.parallel import Team, assemble, clip, like, put_together, share_table, shard_rows, whole
 from flare.text import TokenStates
 from flare.trainer import TrainConfig, Trainer
+from processes import LAUNCHED, ended, start
 
-torch.set_num_threads(1)
-out, folder, kind, dies = sys.argv[1:]
-split = leave_one_out(load_dataset("ml-100k"))
-counts = np.where(np.arange(split.n_items) % 4, 2, 0)
-text = TokenStates(np.random.default_rng(0).standard_normal((counts.sum(), 8)).astype(np.float16), np.cumsum(counts) - counts, counts)
-reading = dict(modalities=("text",), text_width=8, perceiver_size=8, perceiver_heads=2, perceiver_layers=1, latents=2, alpha=0.0)
-torch.manual_seed(0)
-model = FlareModel(FlareConfig(n_items=split.n_items, max_len=20, hidden_size=16, heads=2, ffn_size=32, dropout=0.0, embedding_dropout=0.0,
-                               **(reading if "flare" in kind else {})))
-if "parts" in kind and int(os.environ.get("WORLD_SIZE", 1)) > 1:
-    assemble()
-    size = model.item_embedding.weight.numel()
-    shard_rows(model)
-    assert abs(2 * model.item_embedding.weight.to_local().numel() - size) <= 32
-config = TrainConfig(epochs=1, max_len=20, batch_size=256, learning_rate=3e-3, precision="fp32", checkpoint_every=2, read_share=1.0)
-trainer = Trainer(model, split, config, folder, progress=False, text=text if "flare" in kind else None)
-step = trainer.step
-def fragile(batch):
-    if dies == "dies" and trainer.at.step == 5 and trainer.team.rank == 1: os._exit(9)
-    return step(batch)
-trainer.step = fragile
-result = trainer.fit()
-assert len(result.validation) == len(split.validation.targets)
-weights = torch.cat([whole(p.detach()).flatten() for p in model.parameters()])
-if assemble().is_main_process:
-    save_file({"weights": weights, "ranks": torch.from_numpy(result.validation.rank.copy()),
-               "loss": torch.tensor(result.history["loss"].to_numpy(dtype=float)), "processes": torch.tensor(trainer.team.size)}, out)
-"""
+class Ended(NamedTuple):
+    "What became of a process."
+    code: int
+    said: str
 
 
-def port():
+def port() -> str:
+    "One that nobody listens at."
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         return str(free.getsockname()[1])
 
 
-def quiet():
-    "The environment without what an outer launcher may have left."
-    return {k: v for k, v in os.environ.items() if k not in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")} | {"OMP_NUM_THREADS": "1"}
+def team(folder: Path, size: int, work: Callable, *arguments) -> list[Ended]:
+    "Processes that do the same work."
+    folder.mkdir(exist_ok=True)
+    at = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port(), "ACCELERATE_USE_CPU": "true", "WORLD_SIZE": str(size)} if size > 1 else {}
+    each = [at | ({"RANK": str(i), "LOCAL_RANK": str(i)} if at else {}) for i in range(size)]
+    running = [start(work, *arguments, environment=environment, said=folder / f"said-{i}") for i, environment in enumerate(each)]
+    return [Ended(ended(process), (folder / f"said-{i}").read_text()) for i, process in enumerate(running)]
 
 
-def launch():
-    "What starts two processes here; accelerate's own launcher does so on GPUs only."
-    return [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", port()]
+def succeeds(folder: Path, size: int, work: Callable, *arguments):
+    "The same, and all goes well."
+    for i, (code, said) in enumerate(team(folder, size, work, *arguments)): assert code == 0, f"process {i}: {said[-3000:]}"
+
+
+def texts(n_items: int) -> TokenStates:
+    "Random tokens; every fourth item has none."
+    counts = np.where(np.arange(n_items) % 4, 2, 0)
+    return TokenStates(np.random.default_rng(0).standard_normal((counts.sum(), 8)).astype(np.float16), np.cumsum(counts) - counts, counts)
+
+
+READING = dict(modalities=("text",), text_width=8, perceiver_size=8, perceiver_heads=2, perceiver_layers=1, latents=2)
+
+
+def trains(out: str, folder: str, kind: str, dies: str = "no"):
+    "An epoch of a small model, whose weights and ranks are written down by the first process; another one may die in the middle."
+    split = leave_one_out(load_dataset("ml-100k"))
+    text = texts(split.n_items) if "flare" in kind else None
+    torch.manual_seed(0)
+    model = FlareModel(FlareConfig(n_items=split.n_items, max_len=20, hidden_size=16, heads=2, ffn_size=32, dropout=0.0, embedding_dropout=0.0,
+                                   **(READING | {"alpha": 0.0} if text else {})))
+    if "parts" in kind and int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        assemble()
+        size = model.item_embedding.weight.numel()
+        shard_rows(model)
+        assert abs(2 * model.item_embedding.weight.to_local().numel() - size) <= 32
+    config = TrainConfig(epochs=1, max_len=20, batch_size=256, learning_rate=3e-3, precision="fp32", checkpoint_every=2, read_share=1.0)
+    trainer = Trainer(model, split, config, folder, progress=False, text=text)
+    step = trainer.step
+    def fragile(batch):
+        if dies == "dies" and trainer.at.step == 5 and trainer.team.rank == 1: os._exit(9)
+        return step(batch)
+    trainer.step = fragile
+    result = trainer.fit()
+    assert len(result.validation) == len(split.validation.targets)
+    weights = torch.cat([whole(p.detach()).flatten() for p in model.parameters()])
+    if assemble().is_main_process:
+        save_file({"weights": weights, "ranks": torch.from_numpy(result.validation.rank.copy()),
+                   "loss": torch.tensor(result.history["loss"].to_numpy(dtype=float)), "processes": torch.tensor(trainer.team.size)}, out)
 
 
 @pytest.mark.parametrize("kind", ["bert4rec", "flare", "bert4rec in parts", "flare in parts"])
 def test_two_processes_train_as_one_does(tmp_path, kind):
-    (tmp_path / "program.py").write_text(PROGRAM)
-    for name, call in {"one": [sys.executable], "two": launch()}.items():
-        done = subprocess.run([*call, str(tmp_path / "program.py"), str(tmp_path / name), str(tmp_path / f"{name}-checkpoints"), kind, "no"],
-                              env=quiet(), capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr[-3000:]
+    for name, size in (("one", 1), ("two", 2)): succeeds(tmp_path / f"{name}-says", size, trains, str(tmp_path / name), str(tmp_path / f"{name}-checkpoints"), kind)
     one, two = load_file(tmp_path / "one"), load_file(tmp_path / "two")
     assert (one["processes"], two["processes"]) == (1, 2)
     torch.testing.assert_close(two["loss"], one["loss"], rtol=1e-5, atol=1e-5)
@@ -86,137 +101,105 @@ def test_two_processes_train_as_one_does(tmp_path, kind):
 
 
 def test_when_a_process_dies_the_other_says_so_and_the_checkpoint_is_whole(tmp_path):
-    at, folder = port(), tmp_path / "checkpoints"
-    both = [quiet() | {"RANK": r, "LOCAL_RANK": r, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": at, "ACCELERATE_USE_CPU": "true"}
-            for r in "01"]
-    call = [sys.executable, "-c", PROGRAM, str(tmp_path / "out"), str(folder), "bert4rec in parts"]
-    running = [subprocess.Popen([*call, "dies"], env=env, stderr=subprocess.PIPE, text=True) for env in both]
-    said = [process.communicate(timeout=120)[1] for process in running]
-    assert running[1].returncode == 9 and running[0].returncode == 1
-    assert "RuntimeError: process 0 of 2 has lost another one" in said[0] and "start all processes again" in said[0]
-    assert [path.name for path in folder.iterdir()] == ["epoch-00000-step-00000004"]
-    subprocess.run([*call, "no"], env=quiet(), check=True)  # one process, with the whole table, can go on as well
+    given = trains, str(tmp_path / "out"), str(tmp_path / "checkpoints"), "bert4rec in parts"
+    left, dead = team(tmp_path / "says", 2, *given, "dies")
+    assert (left.code, dead.code) == (1, 9)
+    assert "RuntimeError: process 0 of 2 has lost another one" in left.said and "start all processes again" in left.said
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["epoch-00000-step-00000004"]
+    succeeds(tmp_path / "says", 1, *given)  # one process, with the whole table, can go on as well
     assert (tmp_path / "out").exists()
 
 
-def test_when_a_process_dies_under_a_launcher_training_ends_and_can_go_on(tmp_path):
-    (tmp_path / "program.py").write_text(PROGRAM)
-    given = [str(tmp_path / "program.py"), str(tmp_path / "out"), str(tmp_path / "checkpoints"), "bert4rec"]
-    done = subprocess.run([*launch(), *given, "dies"], env=quiet(), capture_output=True, text=True, timeout=120)
+def test_when_a_process_dies_under_a_launcher_training_ends(tmp_path):
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", port()]  # accelerate's own starts several processes on GPUs only
+    environment = {k: v for k, v in os.environ.items() if k not in LAUNCHED} | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run([*launcher, __file__, str(tmp_path / "out"), str(tmp_path / "checkpoints"), "bert4rec", "dies"], env=environment, capture_output=True, text=True, timeout=120)
     assert done.returncode and ("start all processes again" in done.stderr or "exitcode  : 9" in done.stderr), done.stderr[-3000:]  # ours, or the launcher's
     (left,) = (tmp_path / "checkpoints").glob("epoch-*")
     assert left.name == "epoch-00000-step-00000004" and json.loads((left / "state.json").read_text())["progress"]["step"] == 4
-    subprocess.run([sys.executable, *given, "no"], env=quiet(), check=True)
-    assert (tmp_path / "out").exists()
 
 
-TABLES = """
-import torch
-import numpy as np
-from dataclasses import replace
-from flare.data import leave_one_out, load_dataset
-from flare.models import FlareConfig, FlareModel
-from flare.parallel import Team, assemble, shard_rows
-from flare.text import TokenStates
-from flare.trainer import TrainConfig, Trainer
-
-assemble()
-found = leave_one_out(load_dataset("ml-100k"))
-split = replace(found, train=found.train.take(np.arange(129)).tail(21))  # the last step of an epoch has one sequence
-counts = np.where(np.arange(split.n_items) % 4, 2, 0)
-text = TokenStates(np.random.default_rng(0).standard_normal((counts.sum(), 8)).astype(np.float16), np.cumsum(counts) - counts, counts)
-for parts in (False, True):
-    torch.manual_seed(0)
-    model = FlareModel(FlareConfig(n_items=split.n_items, max_len=20, hidden_size=16, heads=2, ffn_size=32, modalities=("text",), text_width=8,
-                                   perceiver_size=8, perceiver_heads=2, perceiver_layers=1, latents=2))
-    if parts: shard_rows(model)
-    few = dict(batch_size=8, read_share=0.02) if parts else dict(batch_size=64)  # with few, some shares read no text in a step; else as usual
-    trainer = Trainer(model, split, TrainConfig(epochs=2, max_len=20, precision="fp32", **few), progress=False, text=text)
-    model.train()
-    trainer.refresh()
-    before = model.context_table.rows.clone()
-    for i, batch in enumerate(trainer.batches.epoch(0)):
-        trainer.step(batch)
-        mine, theirs = Team().gather(model.context_table.rows.numpy())
-        assert np.array_equal(mine, theirs), f"parts {parts}, step {i}: {(mine != theirs).any(1).sum()} rows differ"
-    assert i == len(trainer.batches) - 1 and batch.n_sequences == 1
-    assert not torch.equal(before, model.context_table.rows)
-    for name, value in trainer.weights().items():
-        mine, theirs = Team().gather(value.numpy())
-        assert np.array_equal(mine, theirs), name
-"""
+def remembers():
+    "All processes know of the texts that any of them has read; some of them read none in a step."
+    assemble()
+    found = leave_one_out(load_dataset("ml-100k"))
+    split = replace(found, train=found.train.take(np.arange(129)).tail(21))  # the last step of an epoch has one sequence
+    for parts in (False, True):
+        torch.manual_seed(0)
+        model = FlareModel(FlareConfig(n_items=split.n_items, max_len=20, hidden_size=16, heads=2, ffn_size=32, **READING))
+        if parts: shard_rows(model)
+        few = dict(batch_size=8, read_share=0.02) if parts else dict(batch_size=64)  # with few, some shares read no text in a step; else as usual
+        trainer = Trainer(model, split, TrainConfig(epochs=2, max_len=20, precision="fp32", **few), progress=False, text=texts(split.n_items))
+        model.train()
+        trainer.refresh()
+        before = model.context_table.rows.clone()
+        for i, batch in enumerate(trainer.batches.epoch(0)):
+            trainer.step(batch)
+            mine, theirs = Team().gather(model.context_table.rows.numpy())
+            assert np.array_equal(mine, theirs), f"parts {parts}, step {i}: {(mine != theirs).any(1).sum()} rows differ"
+        assert i == len(trainer.batches) - 1 and batch.n_sequences == 1
+        assert not torch.equal(before, model.context_table.rows)
+        for name, value in trainer.weights().items():
+            mine, theirs = Team().gather(value.numpy())
+            assert np.array_equal(mine, theirs), name
 
 
-def pair(program):
-    "Two processes that run a program."
-    both = [quiet() | {"RANK": r, "LOCAL_RANK": r, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": at, "ACCELERATE_USE_CPU": "true"}
-            for at in [port()] for r in "01"]
-    running = [subprocess.Popen([sys.executable, "-c", program], env=env, stderr=subprocess.PIPE, text=True) for env in both]
-    said = [process.communicate(timeout=120)[1] for process in running]
-    assert [process.returncode for process in running] == [0, 0], said[0][-2000:] + said[1][-2000:]
+def test_all_processes_remember_what_all_have_read(tmp_path):
+    succeeds(tmp_path, 2, remembers)
 
-
-def test_all_processes_remember_what_all_have_read():
-    pair(TABLES)
-
-
-PARTS = """
-import os, torch
-import torch.distributed as dist
-from torch import nn
-from flare.losses import masked_item_loss
-from flare.parallel import Team, clip, like, put_together, share_table, shard_rows, whole
-
-dist.init_process_group("gloo")
-rank, size = Team().rank, Team().size
 
 class Tables(nn.Module):
+    "As a model has them, of 23 items."
     def __init__(self):
         super().__init__()
         torch.manual_seed(0)
         self.item_embedding, self.output_bias, self.mix = nn.Embedding(23, 4), nn.Parameter(torch.randn(23)), nn.Linear(4, 4)
 
-def loss(model, mine):
-    "Of rows looked up, mixed, and compared with the whole catalogue; each process has other rows, and another number of them."
-    items, targets = torch.arange(23).repeat(2)[mine], torch.arange(46).mul(5).remainder(23)[mine]
-    table, rows = share_table(model.item_embedding.weight, items)
-    return masked_item_loss([(model.mix(rows), table)], targets, model.output_bias, **how)[0]
 
-for how in ({}, {"most_logits": 0, "chunk_size": 5}):
-    plain, parts = Tables(), shard_rows(Tables())
-    mine = slice(0, 30) if rank == 0 else slice(30, 46)
-    expected, ours = loss(plain, slice(None)), loss(parts, mine)
-    assert abs(sum(Team().gather(ours.item())) / expected.item() - 1) < 1e-5, (ours, expected)
-    expected.backward(); ours.backward()
-    Team().add_gradients(list(parts.parameters()))
-    for clipped in (False, True):
-        if clipped:
-            nn.utils.clip_grad_norm_(plain.parameters(), 0.5)
-            clip(list(parts.parameters()), 0.5)
-        for (name, a), b in zip(plain.named_parameters(), parts.parameters()):
-            torch.testing.assert_close(whole(b.grad), a.grad, rtol=1e-5, atol=1e-5, msg=lambda m: f"{name} {how} {clipped} {m}")
-dense, sparse = (torch.arange(12.0).view(6, 2).requires_grad_() for _ in range(2))  # a weight, and one whose gradient is sparse by rows
-for weight, by_rows in ((dense, False), (sparse, True)):
-    if rank == 0: (nn.functional.embedding(torch.tensor([1, 4, 1]), weight, sparse=by_rows) ** 2).sum().backward()
-    else: (nn.functional.embedding(torch.tensor([4, 0, 5, 5]), weight, sparse=by_rows) ** 2).sum().backward()
-nobody = torch.ones(2, requires_grad=True)
-Team().add_gradients([dense, sparse, nobody])
-assert sparse.grad.is_sparse and torch.equal(sparse.grad.to_dense(), dense.grad) and dense.grad[1, 0] == 8 and nobody.grad is None
-nn.utils.clip_grad_norm_([dense], 0.5)
-clip([sparse, nobody], 0.5)
-torch.testing.assert_close(sparse.grad.to_dense(), dense.grad)
-late = torch.ones(3, 1, requires_grad=True)
-if rank == 0: nn.functional.embedding(torch.tensor([2]), late, sparse=True).sum().backward()
-Team().add_gradients([late])  # the other process had no batch
-assert late.grad.to_dense().flatten().tolist() == [0, 0, 1]
-with put_together(parts): assert torch.equal(parts.item_embedding.weight, plain.item_embedding.weight)
-assert parts.item_embedding.weight.to_local().shape == (12 - rank, 4)
-assert torch.equal(whole(like(plain.output_bias.detach(), parts.output_bias)), plain.output_bias.detach())
-"""
+def divides():
+    "Rows, losses, gradients and their norms, of tables in parts and of whole ones."
+    dist.init_process_group("gloo")
+    rank = Team().rank
+    def loss(model, mine):
+        "Of rows looked up, mixed, and compared with the whole catalogue; each process has other rows, and another number of them."
+        items, targets = torch.arange(23).repeat(2)[mine], torch.arange(46).mul(5).remainder(23)[mine]
+        table, rows = share_table(model.item_embedding.weight, items)
+        return masked_item_loss([(model.mix(rows), table)], targets, model.output_bias, **how)[0]
+
+    for how in ({}, {"most_logits": 0, "chunk_size": 5}):
+        plain, parts = Tables(), shard_rows(Tables())
+        mine = slice(0, 30) if rank == 0 else slice(30, 46)
+        expected, ours = loss(plain, slice(None)), loss(parts, mine)
+        assert abs(sum(Team().gather(ours.item())) / expected.item() - 1) < 1e-5, (ours, expected)
+        expected.backward(), ours.backward()
+        Team().add_gradients(list(parts.parameters()))
+        for clipped in (False, True):
+            if clipped:
+                nn.utils.clip_grad_norm_(plain.parameters(), 0.5)
+                clip(list(parts.parameters()), 0.5)
+            for (name, a), b in zip(plain.named_parameters(), parts.parameters()):
+                torch.testing.assert_close(whole(b.grad), a.grad, rtol=1e-5, atol=1e-5, msg=lambda m: f"{name} {how} {clipped} {m}")
+    dense, sparse = (torch.arange(12.0).view(6, 2).requires_grad_() for _ in range(2))  # a weight, and one whose gradient is sparse by rows
+    for weight, by_rows in ((dense, False), (sparse, True)):
+        if rank == 0: (nn.functional.embedding(torch.tensor([1, 4, 1]), weight, sparse=by_rows) ** 2).sum().backward()
+        else: (nn.functional.embedding(torch.tensor([4, 0, 5, 5]), weight, sparse=by_rows) ** 2).sum().backward()
+    nobody = torch.ones(2, requires_grad=True)
+    Team().add_gradients([dense, sparse, nobody])
+    assert sparse.grad.is_sparse and torch.equal(sparse.grad.to_dense(), dense.grad) and dense.grad[1, 0] == 8 and nobody.grad is None
+    nn.utils.clip_grad_norm_([dense], 0.5)
+    clip([sparse, nobody], 0.5)
+    torch.testing.assert_close(sparse.grad.to_dense(), dense.grad)
+    late = torch.ones(3, 1, requires_grad=True)
+    if rank == 0: nn.functional.embedding(torch.tensor([2]), late, sparse=True).sum().backward()
+    Team().add_gradients([late])  # the other process had no batch
+    assert late.grad.to_dense().flatten().tolist() == [0, 0, 1]
+    with put_together(parts): assert torch.equal(parts.item_embedding.weight, plain.item_embedding.weight)
+    assert parts.item_embedding.weight.to_local().shape == (12 - rank, 4)
+    assert torch.equal(whole(like(plain.output_bias.detach(), parts.output_bias)), plain.output_bias.detach())
 
 
-def test_tables_in_parts_give_the_rows_losses_and_gradients_of_whole_ones():
-    pair(PARTS)
+def test_tables_in_parts_give_the_rows_losses_and_gradients_of_whole_ones(tmp_path):
+    succeeds(tmp_path, 2, divides)
 
 
 @pytest.mark.parametrize("parts", [2, 3])
@@ -257,25 +240,19 @@ def test_a_table_is_brought_to_the_gpu_before_it_is_taken_apart(monkeypatch, bac
     with pytest.raises(Asked, match=rf"'{kind}', \(2,\)"): parallel.shard_rows(torch.nn.Embedding(4, 2), ("weight",))
 
 
-LOST = """
-import os, torch
-import torch.distributed as dist
-from torch import nn
-from flare.parallel import like, put_together, shard_rows, whole
-
-dist.init_process_group("gloo")
-table = shard_rows(nn.Embedding(6, 2), ("weight",))
-if dist.get_rank(): os._exit(9)
-for call in (lambda: whole(table.weight), lambda: like(torch.ones(6, 2), table.weight), lambda: put_together(table).__enter__()):
-    try: call()
-    except RuntimeError as error: assert str(error).startswith("process 0 of 2 has lost another one"), error
-    else: raise AssertionError("nobody missed it")
-os._exit(0)
-"""
+def loses():
+    "The second process is gone; the first notices, whatever it wants of the table."
+    dist.init_process_group("gloo")
+    table = shard_rows(nn.Embedding(6, 2), ("weight",))
+    if dist.get_rank(): os._exit(9)
+    for call in (lambda: whole(table.weight), lambda: like(torch.ones(6, 2), table.weight), lambda: put_together(table).__enter__()):
+        with pytest.raises(RuntimeError, match="^process 0 of 2 has lost another one"): call()
+    os._exit(0)
 
 
-def test_a_table_whose_other_part_is_gone_says_so():
-    both = [quiet() | {"RANK": r, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": at} for at in [port()] for r in "01"]
-    running = [subprocess.Popen([sys.executable, "-c", LOST], env=env, stderr=subprocess.PIPE, text=True) for env in both]
-    said = [process.communicate(timeout=120)[1] for process in running]
-    assert [process.returncode for process in running] == [0, 9], said[0][-2000:]
+def test_a_table_whose_other_part_is_gone_says_so(tmp_path):
+    left, dead = team(tmp_path, 2, loses)
+    assert (left.code, dead.code) == (0, 9), left.said[-3000:]
+
+
+if __name__ == "__main__": trains(*sys.argv[1:])  # for a launcher

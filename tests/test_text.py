@@ -3,8 +3,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from functools import partial
 from pathlib import Path
@@ -17,6 +15,7 @@ from transformers import MT5Config, MT5ForConditionalGeneration
 
 from flare import text
 from flare.text import Encoder, TextConfig, TokenStates, encoder_folder, token_states
+from processes import ended, start
 from tiny_encoder import WORDS, write_encoder
 
 
@@ -90,26 +89,20 @@ def test_address_is_format_encoder_template_and_text(tiny, tmp_path, monkeypatch
     assert len(list((tmp_path / "text").glob("*/store.json"))) == 6
 
 
-BUILD = """
-import sys, time
-from flare import text
-text.BLOCK = 16
-states = text.Encoder.states
-
-def noted(self, tokens):  # each block leaves a line; slowly, where it is to be killed in between
-    time.sleep(0.3 * (len(sys.argv) > 4))
-    with open(sys.argv[3] + ".blocks", "a") as file: file.write("block\\n")
-    return states(self, tokens)
-
-text.Encoder.states = noted
-texts = open(sys.argv[1]).read().split("\\n")
-text.token_states(texts, text.TextConfig(sys.argv[2], encoder_precision="fp32"), sys.argv[3], progress=False)
-"""
+def builds(folder: Path, tiny: TextConfig, pause: float):
+    "A store, in several blocks; each leaves a line."
+    text.BLOCK, states = 16, Encoder.states
+    def noted(self, tokens):
+        time.sleep(pause)
+        with open(folder.with_suffix(".blocks"), "a") as file: file.write("block\n")
+        return states(self, tokens)
+    Encoder.states = noted
+    token_states(some_texts(60), tiny, folder, progress=False)
 
 
-def build(tmp_path, tiny, where, *slowly):
-    (tmp_path / "texts").write_text("\n".join(some_texts(60)))
-    return subprocess.Popen([sys.executable, "-c", BUILD, tmp_path / "texts", tiny.encoder, tmp_path / where, *slowly], cwd=tmp_path)
+def build(folder: Path, tiny: TextConfig, pause: float = 0.0):
+    "The same, in a process of its own."
+    return start(builds, folder, tiny, pause)
 
 
 def blocks(path: Path) -> int:
@@ -118,26 +111,26 @@ def blocks(path: Path) -> int:
 
 
 def test_killed_while_writing_it_resumes_and_ends_identical(tmp_path, tiny):
-    assert build(tmp_path, tiny, "whole").wait() == 0
-    process = build(tmp_path, tiny, "killed", "slowly")
+    assert ended(build(tmp_path / "whole", tiny)) == 0
+    process = build(tmp_path / "killed", tiny, pause=0.3)
     done, deadline = [], time.monotonic() + 60
     while not (done and len(json.loads(done[0].read_text())) >= 3):
         assert time.monotonic() < deadline
         time.sleep(0.05)
         done = list((tmp_path / "killed").glob("*/checksums.json"))
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    os.kill(process.pid, signal.SIGKILL)
+    assert ended(process) == -signal.SIGKILL
     (store,) = (p for p in (tmp_path / "killed").iterdir() if p.is_dir())
     assert store.suffix == ".part"
-    assert build(tmp_path, tiny, "killed").wait() == 0
+    assert ended(build(tmp_path / "killed", tiny)) == 0
     assert files_of(tmp_path / "killed") == files_of(tmp_path / "whole")
     assert blocks(tmp_path / "killed") <= blocks(tmp_path / "whole") + 1  # at most the one that it was killed in is done twice
 
 
 def test_two_processes_at_once(tmp_path, tiny):
-    both = [build(tmp_path, tiny, "shared", "slowly") for _ in range(2)]
-    assert [p.wait() for p in both] == [0, 0]
-    assert build(tmp_path, tiny, "alone").wait() == 0
+    both = [build(tmp_path / "shared", tiny, pause=0.3) for _ in range(2)]
+    assert [*map(ended, both)] == [0, 0]
+    assert ended(build(tmp_path / "alone", tiny)) == 0
     assert blocks(tmp_path / "shared") == blocks(tmp_path / "alone")  # one did it, the other waited
     assert files_of(tmp_path / "shared") == files_of(tmp_path / "alone")
 

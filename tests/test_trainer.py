@@ -2,9 +2,8 @@
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -16,27 +15,15 @@ from flare.data import leave_one_out, load_dataset
 from flare.models import FlareConfig, FlareModel
 from flare.text import TokenStates
 from flare.trainer import TrainConfig, Trainer
-
-SCRIPT = """
-import sys
-from dataclasses import replace
-import numpy as np, torch
-from flare.data import leave_one_out, load_dataset
-from flare.models import FlareConfig, FlareModel
-from flare.trainer import TrainConfig, Trainer
-
-torch.set_num_threads(1)
-movies = load_dataset("ml-100k")
-split = leave_one_out(replace(movies, users=movies.users[:250], sequences=movies.sequences.take(np.arange(250))))
-torch.manual_seed(0)
-model = FlareModel(FlareConfig(n_items=split.n_items, max_len=20, hidden_size=32, heads=2, ffn_size=64, rivals=int(sys.argv[2])))
-config = TrainConfig(epochs=2, max_len=20, batch_size=64, checkpoint_every=3)
-Trainer(model, split, config, sys.argv[1], progress=False).fit()
-"""
+from processes import ended, start
 
 
-def start(folder, rivals):
-    return subprocess.Popen([sys.executable, "-c", SCRIPT, str(folder), str(rivals)])
+def trains(folder, rivals):
+    movies = load_dataset("ml-100k")
+    split = leave_one_out(replace(movies, users=movies.users[:250], sequences=movies.sequences.take(np.arange(250))))
+    torch.manual_seed(0)
+    model = FlareModel(FlareConfig(n_items=split.n_items, max_len=20, hidden_size=32, heads=2, ffn_size=64, rivals=rivals))
+    Trainer(model, split, TrainConfig(epochs=2, max_len=20, batch_size=64, checkpoint_every=3), folder, progress=False).fit()
 
 
 def newest(folder):
@@ -48,17 +35,17 @@ def newest(folder):
 @pytest.mark.parametrize("rivals", [0, 50])  # with rivals the table has an optimizer of its own
 def test_killed_and_resumed_is_bit_for_bit_the_same(tmp_path, rivals):
     straight, killed = tmp_path / "straight", tmp_path / "killed"
-    assert start(straight, rivals).wait() == 0
+    assert ended(start(trains, straight, rivals)) == 0
     last = int(newest(straight).name[-8:])
 
-    process, deadline = start(killed, rivals), time.time() + 120
+    process, deadline = start(trains, killed, rivals), time.time() + 120
     while newest(killed) is None or not last // 2 < int(newest(killed).name[-8:]) < last:
-        assert time.time() < deadline and process.poll() is None
+        assert time.time() < deadline and process.is_alive()
         time.sleep(0.01)
     os.kill(process.pid, signal.SIGKILL)  # in the middle of the second epoch
-    assert process.wait() == -signal.SIGKILL and int(newest(killed).name[-8:]) < last
+    assert ended(process) == -signal.SIGKILL and int(newest(killed).name[-8:]) < last
 
-    assert start(killed, rivals).wait() == 0
+    assert ended(start(trains, killed, rivals)) == 0
     assert newest(straight).name == newest(killed).name
     for name in ("weights", "optimizer", "best"):  # `best` alone could be of the epoch before the kill
         one, two = (load_file(newest(folder) / f"{name}.safetensors") for folder in (straight, killed))
