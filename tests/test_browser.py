@@ -17,7 +17,7 @@ CHROMIUM = os.environ.get("FLARE_CHROMIUM") or next(filter(None, map(shutil.whic
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine; FLARE_CHROMIUM=/path/to/chromium")
 
 ROOT = Path(__file__).parents[1]
-CHAPTER = ROOT / "nbs/26_playground.ipynb"
+CHAPTER = ROOT / "nbs/28_playground.ipynb"
 
 
 def until(done, seconds: float = 60, every: float = 0.2):

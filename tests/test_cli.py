@@ -6,7 +6,8 @@ import sys
 import pytest
 
 from flare import cli
-from flare.experiments import read_records, run
+from flare.experiments import run
+from flare.results import read_records
 from shop import HOME, write_project
 
 

@@ -21,10 +21,11 @@ import torch
 from nbdev.test import _keep_file
 
 from flare import experiments, grid, records
-from flare.experiments import compared, of_its_time, over_seeds, read_beside, read_heard, read_records, renew, run, verdict
+from flare.experiments import renew, run
 from flare.files import write_text
 from flare.grid import WHICH, Board, Grid, answers, asked_of, changes, declared_parameters, make_points, read_yaml, run_grid
 from flare.metrics import Ranks
+from flare.results import compared, of_its_time, over_seeds, read_beside, read_heard, read_records, verdict
 from flare.records import (MODELS, SCHEMA, Record, code_digest, essence, parameters_of, read_record, record_key,
                            resolve, staleness, write_record)
 from processes import ended, start

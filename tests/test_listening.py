@@ -10,13 +10,14 @@ import torch
 
 from flare import experiments
 from flare.critiquing import DEPTH, FORMS, silenced
-from flare.experiments import read_beside, run
+from flare.experiments import run
 from flare.hearing import RULES, STRENGTHS, WEAR, WORDING, HearingTest, Remembering, hearing_voice, listening_voice, singular, synonymous, traces, wear
 from flare.listening import ListenConfig, Listening, calibrate, hear, own_words, read_strings, sayings, teach, together
 from flare.masking import evaluation_batches
 from flare.metrics import cat_ndcg, evaluate
 from flare.models import FlareConfig, FlareModel
 from flare.records import code_digest, read_record, staleness
+from flare.results import read_beside
 from flare.sequences import Catalogue, Dataset, Sequences, leave_one_out
 from flare.text import Encoder, TextConfig, item_texts, token_states
 from tiny_encoder import write_encoder

@@ -8,7 +8,7 @@ import pandas as pd
 
 from flare.benchmark import read_lines, side_by_side
 from flare.cli import text_table
-from flare.experiments import benchmark_records, best_settings, over_seeds, read_heard
+from flare.results import benchmark_records, best_settings, over_seeds, read_heard
 
 ROOT = Path(__file__).resolve().parent.parent
 
