@@ -14,11 +14,12 @@ from pathlib import Path
 from typing import TextIO
 
 import pandas as pd
+from fastcore.basics import patch
 from fastcore.imports import in_notebook
 from IPython.display import display
 from tqdm import tqdm
 
-# %% ../nbs/23_board.ipynb #382c2aec
+# %% ../nbs/23_board.ipynb #98abb392
 def clock(
     seconds: float,
 ) -> str:  # "" where it is not known
@@ -65,50 +66,66 @@ class Board:
         "The runs in some states, those that ended last at the end."
         return [row for row in self.rows.values() if row["state"] in states]
 
-    def expected(self,
-        model: str | None = None,  # None: any
-    ) -> float:  # seconds; NaN while none is done
-        "What a run takes, by those that are done: of the same model where there are any."
-        done = self.of("done")
-        seconds = [row["seconds"] for row in done if row["model"] == model] or [row["seconds"] for row in done]
-        return sum(seconds) / len(seconds) if seconds else math.nan
+# %% ../nbs/23_board.ipynb #aff737ce
+@patch
+def expected(self: Board,
+    model: str | None = None,  # None: any
+) -> float:  # seconds; NaN while none is done
+    "What a run takes, by those that are done: of the same model where there are any."
+    done = self.of("done")
+    seconds = [row["seconds"] for row in done if row["model"] == model] or [row["seconds"] for row in done]
+    return sum(seconds) / len(seconds) if seconds else math.nan
 
-    def left_of(self,
-        row: dict,  # of one that is running
-    ) -> float:  # seconds; NaN where it is not known
-        "How long a run will still take."
-        return max(self.expected(row["model"]) - (time.perf_counter() - row["start"]), 0.0)
 
-    def left(self) -> float:  # seconds; NaN where it is not known
-        "How long the batch will still take."
-        running, waiting = [self.left_of(row) for row in self.of("running")], self.total - len(self.rows)
-        return max([(sum(running) + (waiting * self.expected() if waiting else 0.0)) / self.places, *running])
+@patch
+def left_of(self: Board,
+    row: dict,  # of one that is running
+) -> float:  # seconds; NaN where it is not known
+    "How long a run will still take."
+    return max(self.expected(row["model"]) - (time.perf_counter() - row["start"]), 0.0)
 
-    def table(self) -> pd.DataFrame:  # model, dataset, seed, state, time, left
-        "The runs that ended last, and those that are running."
-        now = time.perf_counter()
-        rows = [row | {"time": clock(row["seconds"]), "left": ""} for row in self.of("done", "failed")[-self.ended:]]
-        rows += [row | {"time": clock(now - row["start"]), "left": clock(self.left_of(row))} for row in self.of("running")]
-        return pd.DataFrame(rows, columns=["model", "dataset", "seed", "state", "time", "left"])
 
-    def summary(self) -> str:
-        "How far it is, in a line."
-        ended, failed, left = len(self.of("done", "failed")), len(self.of("failed")), clock(self.left()) if len(self.of("done")) else ""
-        return (f"{ended} of {self.total} runs" + f", {failed} failed" * bool(failed) + f", {clock(time.perf_counter() - self.start)} so far"
-                + f", about {left} left" * bool(left and ended < self.total))
+@patch
+def left(self: Board) -> float:  # seconds; NaN where it is not known
+    "How long the batch will still take."
+    running, waiting = [self.left_of(row) for row in self.of("running")], self.total - len(self.rows)
+    return max([(sum(running) + (waiting * self.expected() if waiting else 0.0)) / self.places, *running])
 
-    def __repr__(self) -> str: return self.table().to_string(index=False) + "\n" + self.summary()
+# %% ../nbs/23_board.ipynb #89ec6a7a
+@patch
+def table(self: Board) -> pd.DataFrame:  # model, dataset, seed, state, time, left
+    "The runs that ended last, and those that are running."
+    now = time.perf_counter()
+    rows = [row | {"time": clock(row["seconds"]), "left": ""} for row in self.of("done", "failed")[-self.ended:]]
+    rows += [row | {"time": clock(now - row["start"]), "left": clock(self.left_of(row))} for row in self.of("running")]
+    return pd.DataFrame(rows, columns=["model", "dataset", "seed", "state", "time", "left"])
 
-    def _repr_html_(self) -> str: return self.table().to_html(index=False) + f"<p>{self.summary()}</p>"
 
-    def draw(self):
-        "Draw it in the place where it was drawn before; nothing in a log."
-        if not self.show: return
-        if self.cell and self.handle: self.handle.update(self)
-        elif self.cell: self.handle = display(self, display_id=True)
-        elif self.stream.isatty():
-            columns, lines = shutil.get_terminal_size()
-            shown = [line[: columns - 1] for line in repr(self).splitlines()][1 - lines:]  # a line that is broken in two would be counted as one
-            self.stream.write(f"\x1b[{self.height}A\x1b[J" * bool(self.height) + "\n".join(shown) + "\n")
-            self.stream.flush()
-            self.height = len(shown)
+@patch
+def summary(self: Board) -> str:
+    "How far it is, in a line."
+    ended, failed, left = len(self.of("done", "failed")), len(self.of("failed")), clock(self.left()) if len(self.of("done")) else ""
+    return (f"{ended} of {self.total} runs" + f", {failed} failed" * bool(failed) + f", {clock(time.perf_counter() - self.start)} so far"
+            + f", about {left} left" * bool(left and ended < self.total))
+
+
+@patch
+def __repr__(self: Board) -> str: return self.table().to_string(index=False) + "\n" + self.summary()
+
+
+@patch
+def _repr_html_(self: Board) -> str: return self.table().to_html(index=False) + f"<p>{self.summary()}</p>"
+
+
+@patch
+def draw(self: Board):
+    "Draw it in the place where it was drawn before; nothing in a log."
+    if not self.show: return
+    if self.cell and self.handle: self.handle.update(self)
+    elif self.cell: self.handle = display(self, display_id=True)
+    elif self.stream.isatty():
+        columns, lines = shutil.get_terminal_size()
+        shown = [line[: columns - 1] for line in repr(self).splitlines()][1 - lines:]
+        self.stream.write(f"\x1b[{self.height}A\x1b[J" * bool(self.height) + "\n".join(shown) + "\n")
+        self.stream.flush()
+        self.height = len(shown)
