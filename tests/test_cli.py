@@ -91,20 +91,17 @@ def test_a_stale_record_is_marked(project, capsys):
     assert "lir (stale)" in flare(capsys, "table", "shop")[1]
 
 
-def test_run_and_grid_from_a_shell(project):
+def test_run_from_a_shell_and_a_grid_from_inside_a_project(project, monkeypatch, capsys):
     "The installed command, from a folder inside the project; a relative dataset is relative to that folder."
     environment = os.environ | {"PATH": f"{os.path.dirname(sys.executable)}:{os.environ['PATH']}"}
-
-    def shell(*arguments):
-        return subprocess.run(["flare", *arguments], cwd=project / "nbs", env=environment, capture_output=True,
-                              text=True)
-
-    first = shell("run", "benchmark", "--set", "model=popularity", f"dataset={project / 'shop'}", "learning_rate=1e-3")
+    first = subprocess.run(["flare", "run", "benchmark", "--set", "model=popularity", f"dataset={project / 'shop'}", "learning_rate=1e-3"],
+                           cwd=project / "nbs", env=environment, capture_output=True, text=True)
     assert first.returncode == 0 and "done" in first.stdout, first.stderr
     assert list(read_records("benchmark", project / "paper")["model"]) == ["popularity"]
     (project / "nbs/experiments/two.yml").write_text("notebook: benchmark\ngrid: [{model: [popularity, repeat_last]}]")
-    planned = shell("grid", "two.yml", "--dry-run", "--set", "dataset=../shop")
-    assert planned.returncode == 0 and "fresh" in planned.stdout and "missing" in planned.stdout
+    monkeypatch.chdir(project / "nbs")
+    code, out, _ = flare(capsys, "grid", "two.yml", "--dry-run", "--set", "dataset=../shop")
+    assert code == 0 and "fresh" in out and "missing" in out
     assert len(read_records("benchmark", project / "paper")) == 1
 
 
