@@ -23,7 +23,7 @@ def begin(environment: dict[str, str], threads: int, said: Path | None, work: Ca
 
 def start(work: Callable, *arguments, environment: dict[str, str] | None = None, said: Path | None = None) -> BaseProcess:
     "A process that does some work, a function of a test module; `said` is a file for its standard error."
-    process = FORKS.Process(target=begin, args=(environment or {}, torch.get_num_threads(), said, work, arguments))
+    process = FORKS.Process(target=begin, args=(environment or {}, torch.get_num_threads(), said, work, arguments), daemon=True)  # one that hangs ends with the tests
     process.start()
     return process
 
