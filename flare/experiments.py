@@ -46,7 +46,7 @@ class Built(NamedTuple):
     max_len: int = MAX_LEN  # that it is evaluated with
     voice: Callable | None = None  # None: it cannot be told anything
     history: pd.DataFrame | None = None  # of its training, see `TrainResult`; None: it had none
-    fitted: dict[str, dict[str, float]] = {}  # to validation users, once it was trained: the weights of a fusion, how far a listener is trusted
+    fitted: dict[str, dict[str, float]] = {}  # to validation users, once it was trained: the weights of a fusion, those of a listener's speakers
 
 # %% ../nbs/21_experiments.ipynb #ef74e457
 def check_memory(
@@ -84,7 +84,7 @@ def voice_of(
     encoder = Encoder(reading)
     listener = teach(model, catalogue, encoder, added, seed, progress)
     calibrate(listener, model, catalogue, validation, encoder, model.config.max_len)
-    return listening_voice(model, listener, encoder), {"listener": {"trust": listener.trust}}
+    return listening_voice(model, listener, encoder), {"listener": listener.speakers.named()}
 
 # %% ../nbs/21_experiments.ipynb #636adc14
 def build(

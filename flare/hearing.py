@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['STRENGTHS', 'Answer', 'SYNONYMS', 'WORDING', 'WEAR', 'RULES', 'Remembering', 'listening_voice', 'hearing_voice',
-           'scores_of', 'singular', 'synonymous', 'wear', 'whole_texts', 'HearingTest', 'traces']
+           'check_history', 'scores_of', 'singular', 'synonymous', 'wear', 'whole_texts', 'HearingTest', 'traces']
 
 # %% ../nbs/17_hearing.ipynb #e0a97739
 import re
@@ -77,6 +77,15 @@ def hearing_voice(model: FlareModel, reading: TextConfig, masked_text: str) -> C
     return answer
 
 # %% ../nbs/17_hearing.ipynb #4cf218ae
+def check_history(
+    history: list[int],  # items
+    n_items: int,  # V
+):
+    "Raises ValueError where an item is none of the catalogue's."
+    outside = [item for item in history if not 0 <= item < n_items]
+    if outside: raise ValueError(f"the history has item {outside[0]}, outside 0..{n_items - 1}: choose items of the catalogue")
+
+
 def scores_of(
     rival: nn.Module,
     history: list[int],  # items, oldest first
@@ -86,7 +95,7 @@ def scores_of(
     said: Critiques | None = None,
 ) -> Tensor:  # (V,) float32
     "What a model makes of every item, for one user. Raises ValueError on an item that does not exist."
-    if strange := [item for item in history if not 0 <= item < n_items]: raise ValueError(f"the history has item {strange[0]}; items are numbered 0 to {n_items - 1}")
+    check_history(history, n_items)
     (batch,) = evaluation_batches(Sequences.from_lists([history]), np.array([-1]), n_items, max_len, critiques=asked, said=said)
     with evaluating(rival): return rival.scorer(batch)(slice(0, n_items))[0].float().cpu()
 

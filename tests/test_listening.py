@@ -7,12 +7,13 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+import torch.nn.functional as F
 
 from flare import experiments
 from flare.critiquing import DEPTH, FORMS, silenced
 from flare.experiments import run
 from flare.hearing import RULES, STRENGTHS, WEAR, WORDING, HearingTest, Remembering, hearing_voice, listening_voice, singular, synonymous, traces, wear
-from flare.listening import ListenConfig, Listening, calibrate, hear, own_words, read_strings, sayings, teach, together
+from flare.listening import VARIED, ListenConfig, Listening, Speakers, calibrate, hear, own_words, read_strings, sayings, teach, together
 from flare.masking import evaluation_batches
 from flare.metrics import cat_ndcg, evaluate
 from flare.models import FlareConfig, FlareModel
@@ -62,9 +63,11 @@ def batch(asked):
 
 def test_strings_are_read_as_texts_are(shop):
     dataset, model, encoder = shop
-    read = read_strings(model, item_texts(dataset.catalogue) + ["", "  "], encoder, block=7)
+    texts = item_texts(dataset.catalogue)
+    read, meant = read_strings(model, texts + ["", "  "], encoder, block=7)
     torch.testing.assert_close(read[:ITEMS], model.context_table.rows, atol=2e-2, rtol=0)  # bfloat16 in batches of other lengths
-    assert (read[ITEMS:] == 0).all()
+    for i in (0, 7): torch.testing.assert_close(meant[i], F.normalize(encoder.states(encoder.tokens([texts[i]])).float().mean(0), dim=0), atol=2e-2, rtol=0)
+    assert (read[ITEMS:] == 0).all() and (meant[ITEMS:] == 0).all()
 
 
 def test_what_can_be_said_comes_in_the_versions_asked_for(shop):
@@ -91,9 +94,9 @@ def test_listening_is_the_silent_model_and_a_likelihood(shop, listener):
     asked, wishes = hear(model, listener, ["red", "", "acme"], encoder)
     assert wishes.known.tolist() == [-1, listener.known["acme"]]
     made, everything = batch(asked), slice(0, ITEMS)
-    likely = listener.likelihood(wishes.vectors, wishes.known, everything)
-    torch.testing.assert_close(likely[0], wishes.vectors[0] @ listener.items.T)  # words of its own are guessed
     with torch.no_grad():
+        likely = listener.likelihood(wishes, torch.arange(2), everything)
+        torch.testing.assert_close(likely[0], listener.speakers(listener.alike(wishes, torch.zeros(1, dtype=int), everything))[0])  # words of its own are guessed
         silent = model.scorer(silenced(made))(everything)
         for strength in (0.0, 1.0, 2.5):
             scores = Listening(model, listener, wishes, strength).scorer(made)(everything)
@@ -110,9 +113,9 @@ def test_the_catalogues_own_words_are_known(shop, listener):
     _, wishes = hear(model, listener, [*said, "offices"], encoder)
     assert (wishes.known >= 0).tolist() == [True] * 5 + [False]
     assert hear(model, listener, ["PRINTERS"], encoder)[1].known[0] == wishes.known[2]
-    likely = listener.likelihood(wishes.vectors, wishes.known, slice(0, ITEMS))
-    torch.testing.assert_close(likely[5], wishes.vectors[5] @ listener.items.T)
-    contrary = listener.likelihood(-wishes.vectors, wishes.known, slice(0, ITEMS))  # all others are nearer to this than those that fit
+    each, everything = torch.arange(6), slice(0, ITEMS)
+    with torch.no_grad():
+        likely, contrary = (listener.likelihood(some, each, everything) for some in (wishes, wishes._replace(vectors=-wishes.vectors)))  # all others are nearer to this than those that fit
     for row, other, (words, fit) in zip(likely, contrary, said.items()):
         fits = np.array([bool(fit(i)) and (words == "acme" or i < ITEMS - 2) for i in range(ITEMS)])
         assert row[fits].unique().numel() == 1 and row[fits][0] > np.log(0.009)  # all alike
@@ -128,30 +131,59 @@ def test_what_an_item_is_called_in_several_ways_is_said_of_it_more_often(shop, l
     taught.remember(words, codes, above)
     below = [*range(2, ITEMS - 2, 2)]
     for said, here, there in (("office - room0", 3.02, 1.01), ("room0", 1.01, 0.01), ("office", 0.01, 0.01)):  # the precise path, the broad one, its last two levels, and down to levels 2 and 3; ...
-        row = taught.likelihood(torch.zeros(1, taught.items.shape[1]), torch.tensor([taught.known[said]]), slice(0, ITEMS))[0].exp()
+        row = taught.remembered(torch.zeros(1, taught.items.shape[1]), torch.tensor([taught.known[said]]), slice(0, ITEMS))[0].exp()
         assert row[0] == pytest.approx(here) and row[below].tolist() == pytest.approx([there] * len(below))
     typical = taught.items[below * 2 + [0] * 5].mean(0)
     torch.testing.assert_close(taught.typical[taught.known["office - room0"]], typical)
     assert {"own", "typical", "items"} <= set(dict(taught.named_buffers()))  # they move with it
 
 
-def test_a_guess_is_trusted_as_far_as_validation_users_bear_it_out(shop, listener):
+def test_names_are_compared_by_the_cosine_however_few_items_are_asked_for(shop, listener):
+    dataset, model, encoder = shop
+    _, meant = read_strings(model, ["printer", "a red pen"], encoder)
+    for way, name in (("path", lambda row: " - ".join(row.category)), ("last level", lambda row: row.category[-1] if row.category else ""), ("title", lambda row: row.title)):
+        _, names = read_strings(model, [name(row) for row in dataset.catalogue.table.itertuples()], encoder)
+        torch.testing.assert_close(listener.names[way].alike(meant, slice(0, ITEMS)), meant @ names.T, atol=2e-2, rtol=0)
+        for part in (slice(0, 2), slice(ITEMS - 3, ITEMS)): torch.testing.assert_close(listener.names[way].alike(meant, part), listener.names[way].alike(meant, slice(0, ITEMS))[:, part])
+    assert (listener.names["path"].alike(meant, slice(ITEMS - 2, ITEMS)) == 0).all()  # they have no category
+
+
+def test_either_kind_of_speaker_may_have_spoken():
+    speakers, alike = Speakers(), torch.rand(4, 2, 3)
+    with torch.no_grad():
+        category, text = -5 + 0.5 * alike[0] + 20 * alike[1] + 4 * alike[2], 0.5 * alike[0] + 16 * alike[3]
+        torch.testing.assert_close(speakers(alike), torch.logaddexp(category, text))
+    assert speakers.named()["category: path"] == 20 and speakers.named()["text: often"] == 0 and "text: path" not in speakers.named()
+
+
+def test_speakers_are_fitted_to_what_validation_users_bear_out(shop, listener):
     dataset, model, encoder = shop
     users, hasty = leave_one_out(dataset).validation, copy.deepcopy(listener)
     hasty.items = 3 * listener.items  # three times as sure
     calibrate(hasty, model, dataset.catalogue, users, encoder, 10)
-    found, said = hasty.trust, FORMS["worn"](dataset.catalogue, 1000)
-    strange = np.array([bool(said[target]) and said[target].casefold() not in listener.known for target in users.targets])
-    asked, wishes = hear(model, hasty, [said[target] for target in users.targets[strange]], encoder)
-    (made,) = evaluation_batches(users.history.take(strange), users.targets[strange], ITEMS, 10, critiques=asked)
-    def likelihood(trust: float) -> float:
-        hasty.trust = trust
-        with torch.no_grad(): scores = Listening(model, hasty, wishes).scorer(made)(slice(0, ITEMS))
-        return scores.log_softmax(1)[np.arange(len(scores)), made.targets].mean().item()
-    assert 20 < strange.sum() < len(users) and 0 < found < 0.95
-    assert likelihood(found) > max(likelihood(found - 0.05), likelihood(found + 0.05))
+    found = hasty.speakers.named()
+    calibrate(modest := copy.deepcopy(listener), model, dataset.catalogue, users, encoder, 10)
+    assert 0 < found["text: towers"] < modest.speakers.named()["text: towers"]
+    assert listener.speakers.named() == Speakers().named()
+    spoken = []
+    for form in VARIED:
+        said = FORMS[form](dataset.catalogue, 1000)
+        strange = np.array([bool(said[target].strip()) and said[target].casefold() not in listener.known for target in users.targets])
+        asked, wishes = hear(model, hasty, [said[target] for target in users.targets[strange]], encoder)
+        spoken.append((wishes, *evaluation_batches(users.history.take(strange), users.targets[strange], ITEMS, 10, critiques=asked)))
+    def unlikely() -> float:
+        with torch.no_grad():
+            scores = [(Listening(model, hasty, wishes).scorer(made)(slice(0, ITEMS)), made.targets) for wishes, made in spoken]
+            return sum(F.cross_entropy(*some).item() for some in scores) / 2 + hasty.speakers.unlike_before().item() / sum(len(targets) for _, targets in scores)
+    best = unlikely()
+    for parameter in hasty.speakers.parameters():
+        for index in range(parameter.numel()):
+            for step in (-0.3, 0.3):
+                with torch.no_grad(): parameter.view(-1)[index] += step
+                assert unlikely() > best - 1e-6
+                with torch.no_grad(): parameter.view(-1)[index] -= step
     calibrate(hasty, model, dataset.catalogue, users.__class__(users.users[:0], users.history.take(slice(0, 0)), users.targets[:0]), encoder, 10)
-    assert hasty.trust == pytest.approx(found + 0.05)  # nobody was there: as it was
+    assert hasty.speakers.named() == pytest.approx(found)  # nobody was there: as it was
 
 
 def test_a_model_thinks_once_of_the_same_histories(shop, listener):
@@ -352,5 +384,5 @@ def test_a_model_that_is_told_things_has_a_record(folder, tmp_path, model):
     assert read_record(path) == record and staleness(record) == "" and path.with_suffix(".heard.parquet").exists()
     assert record.metrics["precise|listens 1"]["users"] == 30 and record.metrics["precise|chosen on validation"]["strength"] > 0
     assert {"flare.hearing", "flare.listening", "flare.critiquing"} <= set(code_digest(model)) and "flare.hearing" not in code_digest("flare")
-    assert 0 <= record.metrics["listener"]["trust"] <= 1 if model == "flare_listens" else "listener" not in record.metrics
+    assert record.metrics["listener"]["category: path"] > 0 if model == "flare_listens" else "listener" not in record.metrics
     assert ("listener_steps" in record.parameters) == (model == "flare_listens") and "teach_seconds" in record.cost
