@@ -183,7 +183,7 @@ def test_speakers_are_fitted_to_what_validation_users_bear_out(shop, listener):
                 assert unlikely() > best - 1e-6
                 with torch.no_grad(): parameter.view(-1)[index] -= step
     calibrate(hasty, model, dataset.catalogue, users.__class__(users.users[:0], users.history.take(slice(0, 0)), users.targets[:0]), encoder, 10)
-    assert hasty.speakers.named() == pytest.approx(found)  # nobody was there: as it was
+    assert hasty.speakers.named() == pytest.approx(found, abs=1e-5)  # nobody was there: as it was
 
 
 def test_a_model_thinks_once_of_the_same_histories(shop, listener):
