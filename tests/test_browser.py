@@ -1,4 +1,4 @@
-"The panel of chapter 26 as somebody sees it: JupyterLab in a headless Chromium. Skipped where there is none; FLARE_CHROMIUM names one."
+"The panel of chapter 28 as somebody sees it: JupyterLab in a headless Chromium. Skipped where there is none; FLARE_CHROMIUM names one."
 import asyncio
 import json
 import os
