@@ -2,15 +2,17 @@
 PYTHON ?= python3
 VENV ?= .venv
 DATASET ?= ml-100k
+# not empty where DATASET is a folder with tables, which gets the settings of MovieLens
+OWN := $(wildcard $(DATASET)/interactions.*)
 BIN := $(VENV)/bin
 PIP := pip install -q --disable-pip-version-check --no-compile
 unexport PYTHONDONTWRITEBYTECODE  # where nothing compiled is kept, every start of Python takes ten seconds more
 
 .PHONY: setup quickstart test smoke pages paper readme peers clean
 
-quickstart: setup  ## train on DATASET and print its table (others need FLARE_DATA, e.g. DATASET=recformer/Scientific)
-	$(BIN)/flare grid benchmark.yml --only dataset=$(DATASET) seed=0 --set experiment=quickstart
-	$(BIN)/flare table $(DATASET) --experiment quickstart
+quickstart: setup  ## train on DATASET and print its table (a folder of your own, or one of FLARE_DATA, e.g. DATASET=recformer/Scientific)
+	$(BIN)/flare grid benchmark.yml --only dataset=$(if $(OWN),ml-100k,$(DATASET)) seed=0 --set experiment=quickstart $(if $(OWN),dataset=$(DATASET))
+	$(BIN)/flare table $(if $(OWN),$(notdir $(DATASET:/=)),$(DATASET)) --experiment quickstart
 
 test: setup  ## every component notebook, the sync and clean gates, tests/
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
@@ -33,6 +35,8 @@ paper: pages  ## paper/main.pdf, or paper/main.html where there is no latexmk
 		$$pandoc main.tex --standalone --citeproc --bibliography refs.bib --mathml --include-in-header numbered.html --variable maxwidth=64em --default-image-extension png --fail-if-warnings --output main.html; fi
 
 readme: setup  ## README.md from nbs/index.ipynb
+	OMP_NUM_THREADS=1 $(BIN)/jupyter nbconvert --to notebook --execute --inplace --log-level ERROR nbs/index.ipynb
+	$(BIN)/nbdev_clean --fname nbs/index.ipynb
 	$(BIN)/jupyter nbconvert --to markdown nbs/index.ipynb --output-dir . --output README --TagRemovePreprocessor.enabled=True \
 		--TagRemovePreprocessor.remove_input_tags hide_input
 	sed -i 's|](\.\./|](|g' README.md
