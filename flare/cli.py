@@ -41,7 +41,7 @@ COLUMNS = {"R@1": "test.recall@1", "R@10": "test.recall@10", "nDCG@10": "test.nd
 
 def text_table(
     records: pd.DataFrame,  # of one dataset and split, from `read_records`; at least one
-) -> str:  # lines of at most 120 characters
+) -> str:  # a line a model
     "The records of a dataset as a table for the terminal."
     rows = best_settings(over_seeds(records)).sort_values("test.ndcg@10_pessimistic")
     marks = rows["stale"].map({True: " (stale)", False: ""})
@@ -146,7 +146,7 @@ def make_parser() -> Parser:
     parser = Parser(prog="flare", description="Run and read the experiments of the Flare compendium.")
     commands = parser.add_subparsers(dest="command", required=True, parser_class=Parser)
     one = commands.add_parser("run", help="run one experiment notebook once")
-    one.add_argument("name", metavar="NAME", help="a notebook in nbs/experiments, without ending")
+    one.add_argument("name", metavar="NAME", help="an experiment that declares model, dataset, seed and split, such as benchmark")
     one.set_defaults(action=run_command)
     many = commands.add_parser("grid", help="run the points of a grid that have no record")
     many.add_argument("file", metavar="FILE.yml", help="a grid; its name will do for one in nbs/experiments")

@@ -332,7 +332,7 @@ def run_grid(
     only: dict | None = None,  # name → value; points of the file with other values are left out
     project: str | Path | None = None,  # folder with nbs/experiments and paper; None: found from the current folder
     progress: bool = True,  # show the board
-) -> pd.DataFrame:  # one row a point: model, dataset, split, seed, key, state, seconds, note
+) -> pd.DataFrame:  # one row a point: experiment, model, dataset, split, seed, key, state, seconds, note
     "Run the points of a grid that have no record. Raises before anything runs where a point cannot be run."
     project = project_folder() if project is None else Path(project).absolute()
     if workers < 1:
