@@ -53,17 +53,17 @@ class Categories(NamedTuple):
         return np.array([*strings, ""], object)[self.of_items if chosen is None else chosen].tolist()
 
 # %% ../nbs/15_critiquing.ipynb #9a80f69b
-def whole(catalogue: Catalogue, version: int, depth: int) -> list[str]:
+def whole(catalogue: Catalogue, version: int, depth: int) -> list[str]:  # (items,) strings, "" for none
     "The first levels."
     return catalogue.category_path(depth)
 
 
-def ending(catalogue: Catalogue, version: int, levels: int) -> list[str]:
+def ending(catalogue: Catalogue, version: int, levels: int) -> list[str]:  # (items,) strings, "" for none
     "The last of the precise levels."
     return [BETWEEN.join(path[:DEPTH][-levels:]) for path in catalogue.table["category"]]
 
 
-def words(catalogue: Catalogue, version: int, most: int = 3) -> list[str]:
+def words(catalogue: Catalogue, version: int, most: int = 3) -> list[str]:  # (items,) strings, "" for none
     "One to three neighbouring words of each title, others in every version."
     rng, found = np.random.default_rng([version, 0]), []
     for title in catalogue.table["title"]:
@@ -74,7 +74,7 @@ def words(catalogue: Catalogue, version: int, most: int = 3) -> list[str]:
     return found
 
 
-def named(catalogue: Catalogue, version: int, field: str) -> list[str]:
+def named(catalogue: Catalogue, version: int, field: str) -> list[str]:  # (items,) strings, "" for none
     "A field of the catalogue, nothing where it has none of that name."
     return list(catalogue.table[field]) if field in catalogue.table else [""] * len(catalogue)
 
@@ -93,7 +93,7 @@ def misspelt(
     return text[:i] + wrong[rng.integers(len(wrong))] + text[i + 2 :]
 
 
-def worn(catalogue: Catalogue, version: int) -> list[str]:
+def worn(catalogue: Catalogue, version: int) -> list[str]:  # (items,) strings, "" for none
     "Each precise category as by somebody who half remembers it, otherwise in every version."
     rng, categories, said = np.random.default_rng([version, 1]), Categories.of(catalogue), []
     for path in categories.paths:

@@ -96,7 +96,7 @@ def build(
     folder: Path,  # for checkpoints
     progress: bool,  # show the training
 ) -> Built:
-    "Make a model: train it, or count."
+    "Make a model: train it, or count. Raises MemoryError where a training does not fit into memory, and what `train` does."
     if model in TRAINING_FREE:
         start = time.perf_counter()
         made = TRAINING_FREE[model].build(dataset, split, **complete)
@@ -184,7 +184,7 @@ def run(
     root: str | Path | None = None,  # folder that holds records/ and runs/; None: paper/ of the project
     progress: bool = True,  # show the training
 ) -> Record:
-    "Run one model once and record it; a record that still holds is returned instead. Raises ValueError on bad input."
+    "Run one model once and record it; a record that still holds is returned instead. Raises ValueError on bad input, FileNotFoundError where data or encoder are not there, and what `build` does."
     root = project_folder() / "paper" if root is None else Path(root)
     asked, complete = resolve(model, parameters or {})
     if split not in SPLITS:

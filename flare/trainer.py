@@ -375,5 +375,5 @@ def train(
     text: TokenStates | None = None,  # of the catalogue, for a model that reads it
     critiques: Critiques | None = None,  # what may be said about hidden items, for a model that listens
 ) -> TrainResult:
-    "Train a model and leave it with its best weights."
+    "Train a model and leave it with its best weights. Raises ValueError where model, data, texts or checkpoint do not belong together, FloatingPointError where the loss is not finite."
     return Trainer(model, split, config, folder, progress, text, critiques).fit()
