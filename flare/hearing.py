@@ -55,12 +55,8 @@ class Remembering(nn.Module):
         return self.kept[key]
 
 # %% ../nbs/17_hearing.ipynb #7b4c3286
-def listening_voice(
-    model: FlareModel,  # with an exact context table, as after training
-    listener: Listener,  # from `teach`
-    encoder: Encoder,  # that the texts were read with
-) -> Callable[..., Answer]:  # to be called with a list of what each user says, "" for nothing; several lists for several critiques
-    "Somebody who has been taught to listen; takes any number of critiques of each user."
+def listening_voice(model: FlareModel, listener: Listener, encoder: Encoder) -> Callable[..., Answer]:
+    "Somebody who has been taught to listen: a trained model, its listener, and the encoder that the texts were read with. To be called with a list of what each user says, \"\" for nothing; with several lists for several critiques."
     silent = Remembering(model)
 
     def answer(*said: list[str]) -> Answer:
@@ -70,12 +66,8 @@ def listening_voice(
     return answer
 
 
-def hearing_voice(
-    model: FlareModel,  # with an exact context table, as after training
-    reading: TextConfig,  # how the texts were read
-    masked_text: str,  # as in its training, see `CritiqueConfig`
-) -> Callable[..., Answer]:  # to be called as that of `listening_voice`
-    "A model that was trained with critiques, as in the paper; of several critiques it hears one sentence."
+def hearing_voice(model: FlareModel, reading: TextConfig, masked_text: str) -> Callable[..., Answer]:
+    "A model that was trained with critiques, as in the paper, and how its texts were read and hidden (see `CritiqueConfig`); of several critiques it hears one sentence. To be called as that of `listening_voice`."
     silent = Remembering(model)
 
     def answer(*said: list[str]) -> Answer:
