@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['MODEL_COLOURS', 'SPARE_COLOURS', 'IN_LATEX', 'use_style', 'colour', 'save_figure', 'in_latex', 'save_table',
-           'save_numbers']
+           'with_spread', 'save_numbers']
 
 # %% ../nbs/00_plots.ipynb #5e27f70b
+import math
 from io import BytesIO
 from pathlib import Path
 
@@ -80,6 +81,15 @@ def save_table(
              folder / f"{name}.tex": in_latex(latex)}
     for path, text in files.items(): write_text(path, text)
     return list(files)
+
+# %% ../nbs/00_plots.ipynb #01a4ceaf
+def with_spread(
+    mean: float,
+    std: float = float("nan"),  # NaN: there is one seed
+    form: str = "{:.4f}",  # of both
+) -> str:  # "—" where there is no mean
+    "A mean and its spread."
+    return "—" if math.isnan(mean) else form.format(mean) + ("" if math.isnan(std) else f" ± {form.format(std)}")
 
 # %% ../nbs/00_plots.ipynb #9915af6e
 def save_numbers(

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['IN_SHORT', 'LISTENS', 'read_records', 'fingerprint_now', 'benchmark_records', 'read_ranks', 'of_its_time', 'verdict',
-           'compared', 'kinds_of', 'read_heard', 'read_beside', 'over_seeds', 'best_settings']
+           'compared', 'kinds_of', 'read_heard', 'heard_ranks', 'read_beside', 'over_seeds', 'best_settings']
 
 # %% ../nbs/22_results.ipynb #91a57917
 import json
@@ -145,6 +145,17 @@ def read_heard(
         if (beside := path.with_suffix(".heard.parquet")).exists(): ranks[key] = pd.read_parquet(beside)
     columns = ["key", "model", "kind", "dataset", "seed", "stale", "said", "who", "strength", "metric", "value"]
     return pd.DataFrame(rows, columns=columns), ranks
+
+
+def heard_ranks(
+    heard: pd.DataFrame,  # rows of `read_heard`, of the runs that are meant
+    ranks: dict[str, pd.DataFrame],  # from `read_heard`
+    name: str,  # said|who
+    asking: str = "",  # another such name: of the users who have a rank there; "": of those who have one under `name`
+) -> list[Ranks]:  # one a seed; none of a record that does not keep them
+    "What a hearing test ranked, to be compared."
+    tables = [ranks[key] for key in heard.sort_values("seed")["key"].unique() if name in ranks.get(key, ())]
+    return [Ranks(users, rank, rank) for users, rank in (table.loc[table[asking or name] > 0, ["user", name]].to_numpy().astype(int).T for table in tables)]
 
 
 def read_beside(
