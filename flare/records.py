@@ -381,10 +381,11 @@ def staleness(
 def untaught(
     record: Record,
 ) -> Record:  # the same where it was taught nothing
-    "What a record says of the model before it was taught: its name, and of parameters, values and code those that it had then."
+    "What a record says of the model before it was taught: its name, its ranks, and of parameters, values and code those that it had then."
     if record.model not in TAUGHT: return record
     before = TAUGHT[record.model]
     names, modules = parameters_of(before), code_digest(before)
     return replace(record, model=before, parameters={name: value for name, value in record.parameters.items() if name in names},
                    config={name: value for name, value in record.config.items() if name in names},
+                   metrics={part: values for part, values in record.metrics.items() if part in ("validation", "test")},
                    code={module: digest for module, digest in record.code.items() if module in modules})

@@ -61,7 +61,8 @@ def benchmark_records(
 ) -> pd.DataFrame:  # as from `read_records`
     "The records of table 2: those of `benchmark`, and those of `critiquing` as what was trained before it was taught, which is the same while nobody speaks."
     before = read_records("critiquing", root, check_data, before_taught=True)
-    both = pd.concat([read_records("benchmark", root, check_data), before[before["model"].isin(TAUGHT.values())]], ignore_index=True)
+    before = before[before["model"].isin(TAUGHT.values())].dropna(axis="columns", how="all")
+    both = pd.concat([read_records("benchmark", root, check_data), before], ignore_index=True)
     return both.sort_values("stale", kind="stable").drop_duplicates(["dataset", "split", "model", "seed", "parameters"]).sort_index()  # what holds before what is stale
 
 # %% ../nbs/22_results.ipynb #549218f4
