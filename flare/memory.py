@@ -116,6 +116,7 @@ def plan_memory(
     device: torch.device | str = "cpu",
     strings: int = 0,  # that are heard when the model is taught to listen, at most; 0: it is not
     compared: int = 0,  # width of what a listener compares
+    fitted: int = 0,  # scores that its speakers are fitted to
     averaged: bool = False,  # a running average of the weights is kept, and one of the best
 ) -> MemoryPlan:
     "Add up what a training will need, before anything is made."
@@ -126,7 +127,7 @@ def plan_memory(
     step, cpu = step_bytes(config, training, text, mean_length or training.max_len), torch.device(device).type == "cpu"
     texts, mapped = (0, True) if text is None else (text.states.nbytes, isinstance(text.states, np.memmap))
     fragments = min(step + gradients * (4 * config.n_items * config.hidden_size < 2**25), 2**28)  # of arrays below 32 MiB
-    listening = strings and 4 * (model.reader.size * (2 * strings + 4 * config.n_items) + compared * (strings + config.n_items))
+    listening = strings and max(4 * (model.reader.size * (2 * strings + 4 * config.n_items) + compared * (strings + config.n_items) + config.text_width * (2 * strings + 3 * config.n_items)), 4 * 29 * fitted)
     return MemoryPlan({"weights": weights, "gradients": gradients, "moments": 2 * weights, "best weights": weights + buffers, "context table": buffers,
                        "a step": step, "an evaluation": evaluation_bytes(config, training, device), "averages": 2 * weights * averaged,
                        "texts": texts * (cpu and not mapped), "the heap": fragments * cpu, "learning to listen": listening},

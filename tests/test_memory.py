@@ -59,7 +59,8 @@ def test_texts_and_steps_are_in_the_plan():
     plain, wide = (plan_memory(config, TrainConfig(batch_size=size)) for size in (64, 640))
     heard = plan_memory(reading, TrainConfig(batch_size=64), strings=20_000, compared=512)
     size = FlareModel(reading).reader.size
-    assert heard.parts["learning to listen"] == 4 * (size * (40_000 + 20_000) + 512 * 25_000) > heard.parts["a step"]
+    assert heard.parts["learning to listen"] == 4 * (size * (40_000 + 20_000) + 512 * 25_000 + reading.text_width * 55_000) > heard.parts["a step"]
+    assert plan_memory(reading, TrainConfig(), strings=20, compared=512, fitted=2**23).parts["learning to listen"] == 4 * 29 * 2**23
     assert heard.total - heard.parts["learning to listen"] == (silent := plan_memory(reading, TrainConfig(batch_size=64))).total - max(silent.parts[part] for part in ("a step", "an evaluation"))
     assert (averaged := plan_memory(reading, TrainConfig(batch_size=64), averaged=True)).total - silent.total == 2 * silent.parts["weights"] == averaged.parts["averages"]
     weights = 4 * sum(p.numel() for p in FlareModel(config).parameters())
