@@ -38,7 +38,7 @@ class ListenConfig:
     listener_rate: float = 1e-3  # learning rate at its highest; it rises in the first 50 steps and falls to zero like a cosine
     listener_weight_decay: float = 0.01
     listener_slips: float = 1e-4  # how often the catalogue's own words are said of an item that they do not fit
-    listener_above: float = 0.01  # how often an item is called by the name of something above it, for once by one of its own
+    listener_above: float = 0.01  # how often an item is called by the name of a category above its own, where each of its own names counts 1
 
     def __post_init__(self):
         for name in ("listener_sayings", "listener_width", "listener_steps", "listener_critiques", "listener_items"):
