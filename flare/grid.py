@@ -186,7 +186,7 @@ def make_points(
     "Check the values of all points and name them. Raises ValueError or FileNotFoundError where one cannot be run."
     declared = declared_parameters(notebook)
     if missing := [name for name in WHICH if name not in declared]:
-        raise ValueError(f"{notebook}: does not declare {', '.join(missing)}, which every experiment needs")
+        raise ValueError(f"{notebook}: does not declare {', '.join(missing)}, which every run of a grid needs: call papermill on it by hand")
     loaded, points = {}, {}
     for values in chosen:
         if unknown := [str(name) for name in values if name not in declared]:
