@@ -15,7 +15,7 @@ quickstart: setup  ## train on DATASET and print its table (a folder of your own
 	$(BIN)/flare table $(if $(OWN),$(notdir $(DATASET:/=)),$(DATASET)) --experiment quickstart
 
 test: setup  ## every component notebook, the sync and clean gates, tests/
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 
 smoke: setup  ## every experiment notebook with tiny models of MovieLens, and every page of results; no record is kept
 	rm -rf paper/records/smoke
