@@ -4,21 +4,19 @@
 
 # %% auto #0
 __all__ = ['TRAINING_FREE', 'STEERED', 'TAUGHT', 'EXTENDED', 'TRAINED', 'MODELS', 'SPLITS', 'GIVEN_ELSEWHERE', 'PARSING',
-           'SCHEMA', 'parameters_of', 'typed', 'resolve', 'configs', 'record_key', 'parsed', 'essence', 'imported',
-           'source_of', 'code_digest', 'project_folder', 'git', 'processor', 'environment', 'record_path', 'Record',
-           'write_record', 'read_record', 'staleness', 'untaught']
+           'SCHEMA', 'parameters_of', 'typed', 'resolve', 'configs', 'record_key', 'parsed', 'bare', 'essence',
+           'imported', 'source_of', 'code_digest', 'project_folder', 'git', 'processor', 'environment', 'record_path',
+           'Record', 'write_record', 'read_record', 'staleness', 'untaught']
 
 # %% ../nbs/20_records.ipynb #5096be3b
 import ast
 import importlib.util
 import inspect
-import io
 import json
 import math
 import platform
 import re
 import subprocess
-import tokenize
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import datetime, timezone
@@ -152,24 +150,24 @@ def parsed(
     with PARSING: return ast.parse(source)
 
 # %% ../nbs/20_records.ipynb #5b360cbf
+def bare(
+    node: object,  # of a syntax tree, or what one of its fields holds
+) -> str:  # the same in all versions of Python that have its syntax, as far as we have seen (3.11 to 3.13)
+    "A syntax tree as text, without docstrings and empty fields."
+    if isinstance(node, list): return f"[{', '.join(map(bare, node))}]"
+    if not isinstance(node, ast.AST): return repr(node)
+    held = dict(ast.iter_fields(node))
+    documented = isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)) and ast.get_docstring(node, clean=False) is not None
+    if documented: held["body"] = held["body"][1:]
+    return f"{type(node).__name__}({', '.join(f'{name}={bare(value)}' for name, value in held.items() if value not in (None, []))})"
+
+
 @cache
 def essence(
     source: str,  # of a Python module
-) -> str:  # the same without comments, docstrings and blank lines
+) -> str:
     "What of a source can change a result."
-    lines = source.splitlines()
-    for token in tokenize.generate_tokens(io.StringIO(source).readline):
-        if token.type == tokenize.COMMENT:
-            row, column = token.start
-            lines[row - 1] = lines[row - 1][:column]
-    scopes = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
-    for node in ast.walk(parsed(source)):
-        if isinstance(node, scopes) and ast.get_docstring(node, clean=False) is not None:
-            first, last = node.body[0].lineno - 1, node.body[0].end_lineno - 1
-            before = lines[first].encode()[: node.body[0].col_offset].decode()  # offsets count bytes
-            after = lines[last].encode()[node.body[0].end_col_offset :].decode()
-            lines[first : last + 1] = [before + after] + [""] * (last - first)
-    return "\n".join(line.rstrip() for line in lines if line.strip())
+    return bare(parsed(source))
 
 # %% ../nbs/20_records.ipynb #26085c7c
 @cache
