@@ -245,8 +245,10 @@ def line_code(
 
     if (system := question["system"]) in ("rectools", "recbole"):
         files = [Path(project) / "nbs/experiments/peers" / name for name in ("peer.py", f"{system}_bert4rec.py", f"{system}.txt")]
-        return {file.name: digest(file.read_text(encoding="utf8")) for file in files if file.exists()} | {"generated_events": digest(essence(inspect.getsource(generated_events)))}
-    return code_digest("flare" if "flare" in (question.get("more") or ()) else "bert4rec") | {"flare.benchmark": digest(essence(source_of("flare.benchmark")))}
+        return ({file.name: digest(file.read_text(encoding="utf8")) for file in files if file.exists()}
+                | {"generated_events": digest(essence(inspect.getsource(generated_events)))})
+    return (code_digest("flare" if "flare" in (question.get("more") or ()) else "bert4rec")
+            | {"flare.benchmark": digest(essence(source_of("flare.benchmark")))})
 
 
 def read_lines(
@@ -272,14 +274,16 @@ def side_by_side(
 ) -> pd.DataFrame:  # index shape and system, † where it is stale; the seconds of an epoch and of ranking for all users, memory and quality, beside ours
     "The part in which systems are compared."
     sides = lines[lines["part"] == "sides"].copy()
-    sides = sides.sort_values("system", key=lambda s: s.map(["ours", "Flare", "RecTools", "RecBole"].index)).sort_values("shape", ascending=False, kind="stable")
+    sides = (sides.sort_values("system", key=lambda s: s.map(["ours", "Flare", "RecTools", "RecBole"].index))
+             .sort_values("shape", ascending=False, kind="stable"))
     if sides.empty: return sides
     sides["eval_s"] *= sides["users"] / sides["eval_users"]
     ours = sides[sides["system"] == "ours"].set_index("shape")
     for name in ("epoch_s", "eval_s"): sides[f"{name}, times ours"] = sides[name] / sides["shape"].map(ours[name])
     sides["system"] += np.where(sides["stale"], " †", "")
-    return sides.set_index(["shape", "system"])[["epoch_s", "epoch_s, times ours", "eval_s", "eval_s, times ours", "peak_mb", "recall@10", "ndcg@10",
-                                                 "steps", "epoch_steps", "users", "eval_users", "items", "base_mb", "loaded_mb", "fill", "batch_share"]]
+    return sides.set_index(["shape", "system"])[[
+        "epoch_s", "epoch_s, times ours", "eval_s", "eval_s, times ours", "peak_mb", "recall@10", "ndcg@10",
+        "steps", "epoch_steps", "users", "eval_users", "items", "base_mb", "loaded_mb", "fill", "batch_share"]]
 
 # %% ../nbs/26_benchmark.ipynb #9b8dacab
 def make_parser() -> argparse.ArgumentParser:
@@ -316,8 +320,10 @@ def main(
     loaded, flare = peak_mb(), asked.model == "flare"
     try:
         for name in ("threads", "epochs", "max_steps", "eval_users"):
-            if (value := getattr(asked, name)) is not None and value < 1: raise ValueError(f"--{name.replace('_', '-')} is {value}; it must be at least 1")
-        if asked.text and not flare: raise ValueError(f"--text {asked.text} is for --model flare: {asked.model} reads no texts, leave it out")
+            if (value := getattr(asked, name)) is not None and value < 1:
+                raise ValueError(f"--{name.replace('_', '-')} is {value}; it must be at least 1")
+        if asked.text and not flare:
+            raise ValueError(f"--text {asked.text} is for --model flare: {asked.model} reads no texts, leave it out")
         torch.set_num_threads(asked.threads)
         torch.manual_seed(asked.seed)
         dataset, spec = read_events(asked.csv), asked.text or "random:384:32"

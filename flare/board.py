@@ -47,7 +47,8 @@ class Board:
     ):
         "A run has begun."
         dataset = Path(values["dataset"])
-        self.rows[number] = {"model": values["model"], "dataset": dataset.name if dataset.is_absolute() else str(dataset), "seed": values["seed"],
+        self.rows[number] = {"model": values["model"], "dataset": dataset.name if dataset.is_absolute() else str(dataset),
+                             "seed": values["seed"],
                              "state": "running", "start": time.perf_counter()}
 
     def end(self,
@@ -58,7 +59,8 @@ class Board:
         "A run has ended; a log says so."
         row = self.rows[number] = self.rows.pop(number) | {"state": "failed" if error else "done", "seconds": seconds}
         if self.show and not self.cell and not self.stream.isatty():
-            print(f"{row['state']} after {clock(seconds)}: {row['model']} {row['dataset']} seed {row['seed']} ({self.summary()})", file=self.stream, flush=True)
+            print(f"{row['state']} after {clock(seconds)}: {row['model']} {row['dataset']} seed {row['seed']} ({self.summary()})",
+                  file=self.stream, flush=True)
 
     def of(self,
         *states: str,  # running, done or failed

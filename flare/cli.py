@@ -92,8 +92,8 @@ def on_shelf(
 
 def grid_command(arguments: argparse.Namespace) -> int:  # exit code
     "flare grid FILE.yml; FILE may be the name of a file in nbs/experiments."
-    return report(run_grid(Grid.read(on_shelf(arguments.file, "nbs/experiments")), workers=arguments.workers, dry_run=arguments.dry_run, stale=arguments.stale,
-                           override=assignments(arguments.set), only=assignments(arguments.only)))
+    return report(run_grid(Grid.read(on_shelf(arguments.file, "nbs/experiments")), workers=arguments.workers,
+                           dry_run=arguments.dry_run, stale=arguments.stale, override=assignments(arguments.set), only=assignments(arguments.only)))
 
 # %% ../nbs/27_cli.ipynb #27de38cd
 def sweep_command(arguments: argparse.Namespace) -> int:  # exit code: 1 where every trial of a study failed
@@ -101,7 +101,8 @@ def sweep_command(arguments: argparse.Namespace) -> int:  # exit code: 1 where e
     studies = {study.name.partition("/")[2]: study for study in Study.read(on_shelf(arguments.file, "nbs/experiments/sweeps"))}
     if arguments.study not in (None, *studies): raise ValueError(f"the sweep has no study {arguments.study}; it has {', '.join(studies)}")
     if arguments.trials is not None:
-        if arguments.study: raise ValueError("--trials is for all studies of a sweep, or one would have more than the others: leave --study out")
+        if arguments.study:
+            raise ValueError("--trials is for all studies of a sweep, or one would have more than the others: leave --study out")
         if arguments.trials < 1: raise ValueError(f"--trials is {arguments.trials}; at least one is needed")
         studies = {name: replace(study, trials=arguments.trials) for name, study in studies.items()}
     lost = 0
@@ -110,7 +111,8 @@ def sweep_command(arguments: argparse.Namespace) -> int:  # exit code: 1 where e
         complete = trials[trials["state"] == "complete"]
         print(f"{studies[name].name}: {len(complete)} of {max(len(trials), studies[name].trials)} trials complete")
         if len(complete): print(complete.sort_values("value", ascending=False).drop(columns="error").head(5).to_string(index=False))
-        for trial in trials[trials["state"] == "fail"].itertuples(): print(f"failed: {studies[name].name} trial {trial.trial}: {trial.error}", file=sys.stderr)
+        for trial in trials[trials["state"] == "fail"].itertuples():
+            print(f"failed: {studies[name].name} trial {trial.trial}: {trial.error}", file=sys.stderr)
         lost += not len(complete) and not arguments.dry_run
     return int(lost > 0)
 

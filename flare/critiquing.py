@@ -40,7 +40,8 @@ class Categories(NamedTuple):
     @classmethod
     def of(cls, catalogue: Catalogue) -> "Categories":
         "Those that items have."
-        codes, first, of_items, sizes = np.unique(catalogue.category_codes(DEPTH), axis=0, return_index=True, return_inverse=True, return_counts=True)
+        codes, first, of_items, sizes = np.unique(catalogue.category_codes(DEPTH), axis=0, return_index=True, return_inverse=True,
+                                                  return_counts=True)
         none = int(codes[0, 0] == -1)  # items without a category come first
         paths = [catalogue.table["category"].iat[item][:DEPTH] for item in first]
         return cls(paths[none:], codes[none:], sizes[none:], of_items.reshape(-1) - none)
@@ -97,15 +98,18 @@ def worn(catalogue: Catalogue, version: int) -> list[str]:  # (items,) strings, 
     "Each precise category as by somebody who half remembers it, otherwise in every version."
     rng, categories, said = np.random.default_rng([version, 1]), Categories.of(catalogue), []
     for path in categories.paths:
-        chosen = [path, path[-1:], path[-2:], np.delete(path, rng.integers(len(path))) if len(path) > 1 else path, rng.permutation(path)][rng.integers(5)]
+        chosen = [path, path[-1:], path[-2:], np.delete(path, rng.integers(len(path))) if len(path) > 1 else path,
+                  rng.permutation(path)][rng.integers(5)]
         text = BETWEEN.join(chosen)
         if rng.random() < 0.5: text = misspelt(text, rng)
         said.append(text.lower().replace(BETWEEN, " ") if rng.random() < 0.3 else text)
     return categories.spread(said)
 
 # %% ../nbs/15_critiquing.ipynb #812c9e96
-FORMS = {"precise": partial(whole, depth=DEPTH), "broad": partial(whole, depth=2), "leaf": partial(ending, levels=1), "inner": partial(ending, levels=2),
-         "brand": partial(named, field="brand"), "words": words, "worn": worn}  # from a catalogue and a version to (items,) strings, "" where there is none
+FORMS = {  # from a catalogue and a version to (items,) strings, "" where there is none
+    "precise": partial(whole, depth=DEPTH), "broad": partial(whole, depth=2),
+    "leaf": partial(ending, levels=1), "inner": partial(ending, levels=2),
+    "brand": partial(named, field="brand"), "words": words, "worn": worn}
 
 
 def form_of(
@@ -125,7 +129,8 @@ def each_once(
     for user, string in enumerate(strings):
         if not isinstance(string, str): raise ValueError(f"user {user} says {string!r}; a critique is a string")
     try: "".join(strings).encode()
-    except UnicodeEncodeError as error: raise ValueError(f"a critique holds half a character, {error.object[error.start]!r}; decode it with errors='replace'") from error
+    except UnicodeEncodeError as error:
+        raise ValueError(f"a critique holds half a character, {error.object[error.start]!r}; decode it with errors='replace'") from error
     said = pd.Series(strings, dtype=object).str.strip()
     asked, distinct = pd.factorize(said.where(said != "", None))
     return asked, list(distinct)
@@ -136,7 +141,8 @@ def check_users(
 ):
     "Raises ValueError where what is said at once is not of the same users."
     if len(users := {*map(len, said)}) > 1:
-        raise ValueError(f"critiques of {' and of '.join(map(str, sorted(users)))} users cannot be said at once: \"\" is for who says nothing")
+        raise ValueError(f"critiques of {' and of '.join(map(str, sorted(users)))} users cannot be said at once: "
+                         "\"\" is for who says nothing")
 
 
 def spoken(
@@ -147,7 +153,8 @@ def spoken(
 ) -> tuple[np.ndarray, Critiques | None]:  # (n,) critique of each, -1 where nothing is said; and what they are, None where nobody says anything
     "Strings as `evaluate` takes them."
     asked, distinct = each_once(strings)
-    return asked, Critiques(token_states(distinct, config, progress=progress), np.full((0, 1), -1), masked_text=masked_text) if distinct else None
+    return asked, (Critiques(token_states(distinct, config, progress=progress), np.full((0, 1), -1), masked_text=masked_text)
+                   if distinct else None)
 
 # %% ../nbs/15_critiquing.ipynb #7a4d1458
 @dataclass(frozen=True)
@@ -172,7 +179,8 @@ def critiques_of(
     progress: bool = False,  # show how far the encoder is
 ) -> Critiques:
     "What can be said about the items of a catalogue. Raises ValueError where that is nothing."
-    fitting, said = spoken([string for form in config.critiques for string in form_of(form)(catalogue, 0)], reading, config.masked_text, progress)
+    fitting, said = spoken([string for form in config.critiques for string in form_of(form)(catalogue, 0)],
+                           reading, config.masked_text, progress)
     if said is None: raise ValueError(f"nothing can be said about these items: they have no {', '.join(config.critiques)}")
     return replace(said, of_items=fitting.reshape(len(config.critiques), -1).T, silence=config.silence)
 
@@ -221,7 +229,8 @@ def checked_strength(
     strength: float,
 ) -> float:
     "Raises ValueError on one that is no number of a reasonable size."
-    if not isinstance(strength, Real) or not abs(strength) <= 100: raise ValueError(f"the strength is {strength!r}; give a number between -100 and 100, usually between 0 and 4")
+    if not isinstance(strength, Real) or not abs(strength) <= 100:
+        raise ValueError(f"the strength is {strength!r}; give a number between -100 and 100, usually between 0 and 4")
     return strength
 
 

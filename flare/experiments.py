@@ -63,7 +63,9 @@ def check_memory(
 ):
     "Plan the memory of a training. Raises MemoryError where it does not fit."
     more = {}
-    if isinstance(added, ListenConfig): more = {"strings": len(sayings(dataset.catalogue, added)[0]), "compared": added.listener_width, "fitted": min(FITTED, len(split.validation) * split.n_items)}
+    if isinstance(added, ListenConfig):
+        more = {"strings": len(sayings(dataset.catalogue, added)[0]), "compared": added.listener_width,
+                "fitted": min(FITTED, len(split.validation) * split.n_items)}
     if isinstance(added, PushConfig): more = {"averaged": added.average > 0}
     largest = FlareConfig(**config.to_diff_dict() | {"n_items": max(config.n_items, *(other.n_items for other in others), 0)})
     plan = plan_memory(largest, training, text, float(np.mean(split.train.lengths)), "cuda" if torch.cuda.is_available() else "cpu", **more)
@@ -102,7 +104,8 @@ def build(
     if model in TRAINING_FREE:
         start = time.perf_counter()
         made = TRAINING_FREE[model].build(dataset, split, **complete)
-        return Built(made, {"epochs": 0, "steps": 0, "train_seconds": time.perf_counter() - start, "eval_seconds": 0.0, "peak_memory_mb": None, "trainable_parameters": 0})
+        return Built(made, {"epochs": 0, "steps": 0, "train_seconds": time.perf_counter() - start, "eval_seconds": 0.0,
+                            "peak_memory_mb": None, "trainable_parameters": 0})
     config, training, reading, added = configs(model, complete, split.n_items, seed)
     pushed = added if isinstance(added, PushConfig) else PushConfig()
     others = others_before(dataset, pushed)
@@ -112,7 +115,8 @@ def build(
     if text: config.text_width = text.width
     check_memory(config, training, text, dataset, split, added, others, progress)
     torch.manual_seed(seed)
-    made, before_seconds = trained_before(others, config, training, reading, pushed, folder, progress) if pushed is added else (FlareModel(config), 0.0)
+    made, before_seconds = (trained_before(others, config, training, reading, pushed, folder, progress) if pushed is added
+                            else (FlareModel(config), 0.0))
     critiques = critiques_of(dataset.catalogue, added, reading, progress) if isinstance(added, CritiqueConfig) else None
     result, taught = train(made, split, training, folder, progress, text, critiques), time.perf_counter()
     if isinstance(added, FusionConfig): made = fuse(made, split.validation, config.max_len, added, seed)
@@ -153,13 +157,15 @@ def measure(
     "Rank the validation users and the test users; hear the model, where it can be told something."
     model, cost, max_len, voice, history, fitted = built
     start = time.perf_counter()
-    ranks = {part: evaluate(model, holdout, split.n_items, max_len) for part, holdout in (("validation", split.validation), ("test", split.test))}
+    ranks = {part: evaluate(model, holdout, split.n_items, max_len)
+             for part, holdout in (("validation", split.validation), ("test", split.test))}
     cost = cost | {"eval_seconds": cost["eval_seconds"] + time.perf_counter() - start}
     metrics = {part: r.metrics() for part, r in ranks.items()} | fitted
     heard = voice and HearingTest(model, voice, dataset, split, max_len=max_len).run()
     if heard: metrics, cost = metrics | heard.results, cost | heard.latency()
     tables = {".traces.parquet": traces(model, voice, dataset, split, max_len), ".history.parquet": history}
-    beside = {ending: table.to_parquet(compression="zstd", index=False) for ending, table in tables.items() if table is not None and len(table)}
+    beside = {ending: table.to_parquet(compression="zstd", index=False) for ending, table in tables.items()
+              if table is not None and len(table)}
     if heard and (kept := heard.to_parquet()): beside[".heard.parquet"] = kept
     return Measured(ranks["test"], metrics, cost, beside)
 
@@ -186,7 +192,8 @@ def run(
     root: str | Path | None = None,  # folder that holds records/ and runs/; None: paper/ of the project
     progress: bool = True,  # show the training
 ) -> Record:
-    "Run one model once and record it; a record that still holds is returned instead. Raises ValueError on bad input, FileNotFoundError where data or encoder are not there, and what `build` does."
+    """Run one model once and record it; a record that still holds is returned instead. Raises ValueError on bad input,
+    FileNotFoundError where data or encoder are not there, and what `build` does."""
     root = project_folder() / "paper" if root is None else Path(root)
     asked, complete = resolve(model, parameters or {})
     if split not in SPLITS:
@@ -200,14 +207,17 @@ def run(
     path, folder = record_path(root, experiment, key), root / "runs" / experiment / key
     folder.parent.mkdir(parents=True, exist_ok=True)  # the folder itself only under the lock
     with FileLock(folder.with_suffix(".lock")):
-        before = {other.name: other.fingerprint for other in map(load_dataset, complete.get("before", ()))}  # other sets that it is trained on first
+        # other sets that it is trained on first
+        before = {other.name: other.fingerprint for other in map(load_dataset, complete.get("before", ()))}
         if path.exists() and not staleness(found := read_record(path), before | {data.name: data.fingerprint}):
             record = found
         else:
             code, parts, trained = code_digest(model), SPLITS[split](data), TAUGHT.get(model, model)
-            claim(folder, {"code": code_digest(trained), "data": data.fingerprint, "before": before, "config": {name: complete[name] for name in parameters_of(trained)}})
+            claim(folder, {"code": code_digest(trained), "data": data.fingerprint, "before": before,
+                           "config": {name: complete[name] for name in parameters_of(trained)}})
             found = measure(build(model, complete, data, parts, seed, folder, progress), data, parts)
-            record = Record(experiment, model, seed, asked, complete, described(data, split, before), found.metrics, found.cost, environment(root), code)
+            record = Record(experiment, model, seed, asked, complete, described(data, split, before), found.metrics, found.cost,
+                            environment(root), code)
             write_record(record, found.ranks, root, found.beside)
         shutil.rmtree(folder, ignore_errors=True)
     return record
@@ -231,7 +241,8 @@ def renew(
     if not before.equal(after) or not old.metrics.items() <= new.metrics.items():  # what is measured besides may be new
         now, then = (r.metrics["test"]["ndcg@10_pessimistic"] for r in (new, old))
         machines = [tuple(r.environment.get(name, "unknown") for name in ("processor", "device")) for r in (old, new)]
-        elsewhere = f"; it was made elsewhere ({', '.join(machines[0])}; here {', '.join(machines[1])}), which alone can do that" if machines[0] != machines[1] else ""
+        elsewhere = (f"; it was made elsewhere ({', '.join(machines[0])}; here {', '.join(machines[1])}), which alone can do that"
+                     if machines[0] != machines[1] else "")
         raise ValueError(f"{path} comes out otherwise with the code as it is now (nDCG@10 {now:.4f}, was {then:.4f}{elsewhere}): "
                          "run what depends on it again, flare grid FILE --stale")
     here = environment(root)
@@ -243,7 +254,9 @@ def renew(
         (then, now, theirs) = map(untaught, (old, new, r))
         return now.code if (theirs.model, theirs.code) == (then.model, then.code) else {}
 
-    renewed = {other: replace(r, code=r.code | of_both, environment=r.environment | witness) for other, r in records.items() if r.schema == SCHEMA and (of_both := shared(r))}
+    renewed = {other: replace(r, code=r.code | of_both, environment=r.environment | witness) for other, r in records.items()
+               if r.schema == SCHEMA and (of_both := shared(r))}
     write_files({other: r.to_json().encode() for other, r in renewed.items()})
-    write_record(replace(new, parameters=old.parameters, environment=here | witness), after, root, beside)  # last: while it is stale, renewing can be begun again
+    # last: while it is stale, renewing can be begun again
+    write_record(replace(new, parameters=old.parameters, environment=here | witness), after, root, beside)
     return [path, *renewed]

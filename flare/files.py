@@ -43,7 +43,8 @@ def reading(
     except UnicodeDecodeError as e:
         raise ValueError(f"{path}: byte {e.start} is not UTF-8: save the file as UTF-8") from None
     except pd.errors.ParserError as e:
-        if "EOF inside string" in str(e): raise ValueError(f"{path}: a quotation mark is opened and never closed: close it or double it") from None
+        if "EOF inside string" in str(e):
+            raise ValueError(f"{path}: a quotation mark is opened and never closed: close it or double it") from None
         raise ValueError(f"{path}: {str(e).rpartition('C error: ')[2].strip()}; correct it, or fetch the file again") from None
     except pa.ArrowInvalid as e:
         row = re.search(r"Row #(\d+)", str(e))

@@ -146,7 +146,8 @@ def fuse(
     passes: int = 20,  # at most, over the users
     budget: int = 2**23,  # numbers in the features of a batch
 ) -> Fused:
-    "Fit what is added to a model's logits. Raises ValueError where there are no users, FloatingPointError where the model's scores are not finite."
+    """Fit what is added to a model's logits. Raises ValueError where there are no users, FloatingPointError where the model's
+    scores are not finite."""
     fused, users = Fused(model, config).eval(), sampled_users(holdout, config.fusion_users, seed)
     size = max(1, budget // (len(fused.names) * model.config.n_items))
 

@@ -82,7 +82,8 @@ def read(cls: Grid,
     if not isinstance(blocks, list) or not blocks or not all(isinstance(block, dict) for block in blocks):
         raise ValueError(f"{file}: grid must be a list of blocks, each a mapping of names to values or to lists")
     (found, own), *pairs = [parted(part, file) for part in (base, *blocks)]
-    base, blocks = found | own, [{name: [value] if isinstance(value, list) else value for name, value in found.items()} | own for found, own in pairs]
+    base, blocks = found | own, [{name: [value] if isinstance(value, list) else value for name, value in found.items()} | own
+                                 for found, own in pairs]
     if empty := [name for block in blocks for name, values in block.items() if values == []]:
         raise ValueError(f"{file}: {', '.join(empty)} has an empty list of values, so its block has no points")
     return cls(content["notebook"], base, blocks)
@@ -97,11 +98,14 @@ def parted(
     name, otherwise = part.get("like"), part.get("otherwise")
     if name is None and otherwise is None: return {}, own
     if not isinstance(name, str) or not isinstance(otherwise, dict | None):
-        raise ValueError(f"{file}: like must name a sweep's study, as in scientific/flare, and otherwise map names to values, which hold while there is no winner")
+        raise ValueError(f"{file}: like must name a sweep's study, as in scientific/flare, and otherwise map names to values, "
+                         "which hold while there is no winner")
     path = project_folder(file.absolute().parent) / WINNERS
     winners = read_yaml(path.read_text(encoding="utf8"), str(path)) or {} if path.exists() else {}
     if name in winners: return winners[name]["values"], own
-    if otherwise is None: raise ValueError(f"{file}: no sweep has found {name}; found are {', '.join(winners) or 'none'}: run flare sweep, or give the values under otherwise")
+    if otherwise is None:
+        raise ValueError(f"{file}: no sweep has found {name}; found are {', '.join(winners) or 'none'}: "
+                         "run flare sweep, or give the values under otherwise")
     return otherwise, own
 
 # %% ../nbs/24_grid.ipynb #1a315cae
@@ -186,7 +190,8 @@ def make_points(
     "Check the values of all points and name them. Raises ValueError or FileNotFoundError where one cannot be run."
     declared = declared_parameters(notebook)
     if missing := [name for name in WHICH if name not in declared]:
-        raise ValueError(f"{notebook}: does not declare {', '.join(missing)}, which every run of a grid needs: call papermill on it by hand")
+        raise ValueError(f"{notebook}: does not declare {', '.join(missing)}, which every run of a grid needs: "
+                         "call papermill on it by hand")
     loaded, points = {}, {}
     for values in chosen:
         if unknown := [str(name) for name in values if name not in declared]:
@@ -239,7 +244,8 @@ def changes(
     "What a point asks otherwise than another one, and its split where that is another."
     (own, complete), (theirs, _) = asked_of(point), asked_of(other)
     split, usual = (some.get("split", "leave_one_out") for some in (point, other))
-    return ", ".join([f"{name} = {complete[name]}" for name in sorted({*own, *theirs}) if name in complete and own.get(name) != theirs.get(name)] + [split] * (split != usual))
+    other = [name for name in sorted({*own, *theirs}) if name in complete and own.get(name) != theirs.get(name)]
+    return ", ".join([f"{name} = {complete[name]}" for name in other] + [split] * (split != usual))
 
 # %% ../nbs/24_grid.ipynb #47dcf3fd
 def execute(

@@ -31,7 +31,8 @@ from .text import Encoder, TextConfig
 
 # %% ../nbs/17_hearing.ipynb #793f5bd1
 STRENGTHS = (0.25, 0.5, 1.0, 1.5, 2.0, 3.0, 5.0, 10.0)  # that are tried
-Answer = tuple[Callable[[float], nn.Module], np.ndarray, Critiques | None]  # the model at a strength, what each user asks for, and the strings where the model reads them
+# the model at a strength, what each user asks for, and the strings where the model reads them
+Answer = tuple[Callable[[float], nn.Module], np.ndarray, Critiques | None]
 
 
 class Remembering(nn.Module):
@@ -56,7 +57,8 @@ class Remembering(nn.Module):
 
 # %% ../nbs/17_hearing.ipynb #7b4c3286
 def listening_voice(model: FlareModel, listener: Listener, encoder: Encoder) -> Callable[..., Answer]:
-    "Somebody who has been taught to listen: a trained model, its listener, and the encoder that the texts were read with. To be called with a list of what each user says, \"\" for nothing; with several lists for several critiques."
+    """Somebody who has been taught to listen: a trained model, its listener, and the encoder that the texts were read with. To be
+    called with a list of what each user says, "" for nothing; with several lists for several critiques."""
     silent = Remembering(model)
 
     def answer(*said: list[str]) -> Answer:
@@ -67,7 +69,8 @@ def listening_voice(model: FlareModel, listener: Listener, encoder: Encoder) -> 
 
 
 def hearing_voice(model: FlareModel, reading: TextConfig, masked_text: str) -> Callable[..., Answer]:
-    "A model that was trained with critiques, as in the paper, and how its texts were read and hidden (see `CritiqueConfig`); of several critiques it hears one sentence. To be called as that of `listening_voice`."
+    """A model that was trained with critiques, as in the paper, and how its texts were read and hidden (see `CritiqueConfig`); of
+    several critiques it hears one sentence. To be called as that of `listening_voice`."""
     silent = Remembering(model)
 
     def answer(*said: list[str]) -> Answer:
@@ -100,34 +103,57 @@ def scores_of(
     with evaluating(rival): return rival.scorer(batch)(slice(0, n_items))[0].float().cpu()
 
 # %% ../nbs/17_hearing.ipynb #f4b7efa8
-SYNONYMS = {"printers": "printing machines", "binders": "ring folders", "pens": "writing instruments", "refills": "replacements", "ink": "colour cartridges",
-            "mailers": "padded parcels", "shipping": "postal", "notebooks": "jotters", "pads": "blocks", "labels": "stickers", "stamps": "imprints",
-            "markers": "felt tips", "highlighters": "fluorescent pens", "fasteners": "clips", "adhesives": "glue", "staplers": "stapling devices",
-            "boards": "panels", "shredders": "paper destroyers", "laminators": "plastic sealing machines", "telephones": "phones", "toner": "printing powder",
-            "calendars": "almanacs", "planners": "schedulers", "pencils": "crayons", "paper": "sheets", "scanners": "digitisers", "sharpeners": "pointers",
-            "filament": "printing plastic", "terminals": "wire connectors", "tape": "sticky band", "tubing": "flexible pipe", "calipers": "slide gauges",
-            "thermometers": "temperature gauges", "vacuums": "hoovers", "bottles": "flasks", "jars": "pots", "utensils": "tools", "gloves": "hand protection",
-            "lubricants": "grease", "switches": "toggles", "extruders": "nozzles", "testing": "measurement", "resistors": "ohmic parts", "fittings": "couplings",
-            "strips": "bands", "accessories": "add-ons", "supplies": "goods", "parts": "components", "games": "titles to play", "controllers": "gamepads",
-            "headsets": "headphones", "keyboards": "typing boards", "mice": "pointing devices", "cases": "sleeves", "chargers": "power adapters", "cables": "leads"}
+SYNONYMS = {
+    "printers": "printing machines", "binders": "ring folders", "pens": "writing instruments", "refills": "replacements",
+    "ink": "colour cartridges", "mailers": "padded parcels", "shipping": "postal", "notebooks": "jotters", "pads": "blocks",
+    "labels": "stickers", "stamps": "imprints", "markers": "felt tips", "highlighters": "fluorescent pens",
+    "fasteners": "clips", "adhesives": "glue", "staplers": "stapling devices", "boards": "panels",
+    "shredders": "paper destroyers", "laminators": "plastic sealing machines", "telephones": "phones",
+    "toner": "printing powder", "calendars": "almanacs", "planners": "schedulers", "pencils": "crayons", "paper": "sheets",
+    "scanners": "digitisers", "sharpeners": "pointers", "filament": "printing plastic", "terminals": "wire connectors",
+    "tape": "sticky band", "tubing": "flexible pipe", "calipers": "slide gauges", "thermometers": "temperature gauges",
+    "vacuums": "hoovers", "bottles": "flasks", "jars": "pots", "utensils": "tools", "gloves": "hand protection",
+    "lubricants": "grease", "switches": "toggles", "extruders": "nozzles", "testing": "measurement", "resistors": "ohmic parts",
+    "fittings": "couplings", "strips": "bands", "accessories": "add-ons", "supplies": "goods", "parts": "components",
+    "games": "titles to play", "controllers": "gamepads", "headsets": "headphones", "keyboards": "typing boards",
+    "mice": "pointing devices", "cases": "sleeves", "chargers": "power adapters", "cables": "leads"}
 WORDING = {  # of other shops, by the end of the path
-    "Printers & Accessories - Printers": "All-in-one printing machines", "Binders & Binding Systems - Binders": "Ring binders and lever arch files",
-    "Writing & Correction Supplies - Pens & Refills": "Ballpoints, rollerballs and cartridges", "Printer Ink & Toner - Inkjet Printer Ink": "Ink cartridges",
-    "Envelopes - Mailers & Shipping Supplies": "Post and packaging", "Paper - Notebooks & Writing Pads": "Exercise books and jotters",
-    "Labels - Indexes & Stamps": "Sticky labels, dividers and rubber stamps", "Writing & Correction Supplies - Markers & Highlighters": "Felt-tip pens and text liners",
+    "Printers & Accessories - Printers": "All-in-one printing machines",
+    "Binders & Binding Systems - Binders": "Ring binders and lever arch files",
+    "Writing & Correction Supplies - Pens & Refills": "Ballpoints, rollerballs and cartridges",
+    "Printer Ink & Toner - Inkjet Printer Ink": "Ink cartridges",
+    "Envelopes - Mailers & Shipping Supplies": "Post and packaging",
+    "Paper - Notebooks & Writing Pads": "Exercise books and jotters",
+    "Labels - Indexes & Stamps": "Sticky labels, dividers and rubber stamps",
+    "Writing & Correction Supplies - Markers & Highlighters": "Felt-tip pens and text liners",
     "Tape - Adhesives & Fasteners": "Sellotape and glue", "Staplers & Punches - Manual Staplers": "Desktop stapling machines",
-    "Presentation Boards - Dry Erase Boards": "Whiteboards", "Other Office Equipment - Shredders": "Document destruction", "Presentation Products - Laminators": "Laminating machines",
-    "Telephones & Accessories - Cordless Telephones": "DECT phones", "Scanners & Accessories - Scanners": "Document imaging", "Printer Ink & Toner - Laser Printer Toner": "Toner cartridges",
-    "Presentation Boards - Bulletin Boards": "Pin boards", "Writing & Correction Supplies - Pencils": "Drawing and graphite pencils", "Paper - Copy & Multipurpose Paper": "Reams for the copier",
-    "3D Printing Supplies - 3D Printing Filament": "PLA and ABS spools", "Wiring & Connecting - Terminals": "Crimp lugs and wire connectors", "Adhesive Tapes - Duct Tape": "Gaffer tape",
-    "Tapes, Adhesives & Sealants - Cyanoacrylate Adhesives": "Super glue", "Wiring & Connecting - Heat-shrink Tubing": "Shrink sleeves", "Dimensional Measurement - Calipers": "Vernier gauges",
-    "Temperature & Humidity - Thermometers": "Temperature probes", "Additive Manufacturing Products - 3D Printers": "Rapid prototyping machines", "Vacuums & Floor Cleaning Machines - Vacuums": "Hoovers",
-    "Glassware & Labware - Lab Bottles & Jars": "Laboratory flasks and pots", "Apparel - Protective Apparel & Gloves": "Nitrile gloves and coveralls", "Tapes, Adhesives & Sealants - Industrial Lubricants": "Oil and grease",
-    "Water Quality & Instrumentation - pH Testing": "Acidity meters", "Controls & Indicators - Industrial Switches": "Toggle and push buttons", "Passive Components - Resistors": "Ohm assortment",
-    "Fittings - Pipe Fittings": "Plumbing couplings", "Fittings - Hose Fittings": "Barbs and hose couplings", "Adhesive Tapes - Hook & Loop Strips": "Velcro", "Adhesive Tapes - Electrical Tape": "Insulating tape",
-    "PlayStation 4 - Games": "PS4 software", "PC - Games": "Computer games for Windows", "Xbox 360 - Games": "X360 titles", "Xbox One - Games": "XB1 titles", "PlayStation 3 - Games": "PS3 software",
-    "Accessories - Gaming Mice": "Gamer mouse", "PlayStation 2 - Games": "PS2 classics", "Wii - Games": "Nintendo Wii software", "Nintendo 3DS - Games": "3DS cartridges", "Nintendo DS - Games": "NDS cartridges",
-    "Accessories - Gaming Keyboards": "Mechanical keyboards for gamers", "Wii U - Games": "Nintendo WiiU software", "Accessories - Headsets": "Headphones with microphone", "Accessories - Controllers": "Gamepads and joysticks"}
+    "Presentation Boards - Dry Erase Boards": "Whiteboards", "Other Office Equipment - Shredders": "Document destruction",
+    "Presentation Products - Laminators": "Laminating machines",
+    "Telephones & Accessories - Cordless Telephones": "DECT phones", "Scanners & Accessories - Scanners": "Document imaging",
+    "Printer Ink & Toner - Laser Printer Toner": "Toner cartridges", "Presentation Boards - Bulletin Boards": "Pin boards",
+    "Writing & Correction Supplies - Pencils": "Drawing and graphite pencils",
+    "Paper - Copy & Multipurpose Paper": "Reams for the copier",
+    "3D Printing Supplies - 3D Printing Filament": "PLA and ABS spools",
+    "Wiring & Connecting - Terminals": "Crimp lugs and wire connectors", "Adhesive Tapes - Duct Tape": "Gaffer tape",
+    "Tapes, Adhesives & Sealants - Cyanoacrylate Adhesives": "Super glue",
+    "Wiring & Connecting - Heat-shrink Tubing": "Shrink sleeves", "Dimensional Measurement - Calipers": "Vernier gauges",
+    "Temperature & Humidity - Thermometers": "Temperature probes",
+    "Additive Manufacturing Products - 3D Printers": "Rapid prototyping machines",
+    "Vacuums & Floor Cleaning Machines - Vacuums": "Hoovers",
+    "Glassware & Labware - Lab Bottles & Jars": "Laboratory flasks and pots",
+    "Apparel - Protective Apparel & Gloves": "Nitrile gloves and coveralls",
+    "Tapes, Adhesives & Sealants - Industrial Lubricants": "Oil and grease",
+    "Water Quality & Instrumentation - pH Testing": "Acidity meters",
+    "Controls & Indicators - Industrial Switches": "Toggle and push buttons",
+    "Passive Components - Resistors": "Ohm assortment", "Fittings - Pipe Fittings": "Plumbing couplings",
+    "Fittings - Hose Fittings": "Barbs and hose couplings", "Adhesive Tapes - Hook & Loop Strips": "Velcro",
+    "Adhesive Tapes - Electrical Tape": "Insulating tape", "PlayStation 4 - Games": "PS4 software",
+    "PC - Games": "Computer games for Windows", "Xbox 360 - Games": "X360 titles", "Xbox One - Games": "XB1 titles",
+    "PlayStation 3 - Games": "PS3 software", "Accessories - Gaming Mice": "Gamer mouse",
+    "PlayStation 2 - Games": "PS2 classics", "Wii - Games": "Nintendo Wii software", "Nintendo 3DS - Games": "3DS cartridges",
+    "Nintendo DS - Games": "NDS cartridges", "Accessories - Gaming Keyboards": "Mechanical keyboards for gamers",
+    "Wii U - Games": "Nintendo WiiU software", "Accessories - Headsets": "Headphones with microphone",
+    "Accessories - Controllers": "Gamepads and joysticks"}
 
 # %% ../nbs/17_hearing.ipynb #3c559f08
 def singular(text: str) -> str:
@@ -165,13 +191,22 @@ def wear(
 
 # %% ../nbs/17_hearing.ipynb #45a0d760
 RULES = {  # by the first level of the category: what is said, and what an item's text must have
-    "Office Products": {"waterproof": r"water[- ]?(?:proof|resist)", "made from recycled material": r"recycl", "for left-handed people": r"left[- ]hand",
-                        "for printing photos": r"photo", "something to cut paper with": r"scissor|trimmer|paper cutter|shears", "wireless": r"wireless|wi-?fi|cordless|bluetooth",
-                        "for children": r"\bkids?\b|child", "heavy duty": r"heavy[- ]duty", "magnetic": r"magnet", "something from Avery": r"\bavery\b"},
-    "Industrial & Scientific": {"waterproof": r"water[- ]?(?:proof|resist)", "made of stainless steel": r"stainless", "glows in the dark": r"glow", "for the kitchen": r"kitchen|food|cooking",
-                                "to measure how warm it is": r"thermomet|temperature", "runs on batteries": r"batter(?:y|ies)", "transparent": r"transparent|\bclear\b", "magnetic": r"magnet", "against germs": r"antibacterial|steril|disinfect|germ", "something from 3M": r"\b3m\b"},
-    "Video Games": {"wireless": r"wireless|bluetooth", "racing cars": r"\brac(?:e|ing)\b", "zombies": r"zombie", "for small children": r"\bkids?\b|child|disney|lego", "football": r"fifa|madden|football|soccer",
-                    "charges the batteries": r"charg", "set in the second world war": r"world war|\bwwii\b|call of duty", "dancing": r"danc", "headphones": r"headset|headphone", "something from Sony": r"\bsony\b"}}
+    "Office Products": {
+        "waterproof": r"water[- ]?(?:proof|resist)", "made from recycled material": r"recycl",
+        "for left-handed people": r"left[- ]hand", "for printing photos": r"photo",
+        "something to cut paper with": r"scissor|trimmer|paper cutter|shears",
+        "wireless": r"wireless|wi-?fi|cordless|bluetooth", "for children": r"\bkids?\b|child", "heavy duty": r"heavy[- ]duty",
+        "magnetic": r"magnet", "something from Avery": r"\bavery\b"},
+    "Industrial & Scientific": {
+        "waterproof": r"water[- ]?(?:proof|resist)", "made of stainless steel": r"stainless", "glows in the dark": r"glow",
+        "for the kitchen": r"kitchen|food|cooking", "to measure how warm it is": r"thermomet|temperature",
+        "runs on batteries": r"batter(?:y|ies)", "transparent": r"transparent|\bclear\b", "magnetic": r"magnet",
+        "against germs": r"antibacterial|steril|disinfect|germ", "something from 3M": r"\b3m\b"},
+    "Video Games": {
+        "wireless": r"wireless|bluetooth", "racing cars": r"\brac(?:e|ing)\b", "zombies": r"zombie",
+        "for small children": r"\bkids?\b|child|disney|lego", "football": r"fifa|madden|football|soccer",
+        "charges the batteries": r"charg", "set in the second world war": r"world war|\bwwii\b|call of duty",
+        "dancing": r"danc", "headphones": r"headset|headphone", "something from Sony": r"\bsony\b"}}
 
 # %% ../nbs/17_hearing.ipynb #e298cb11
 def whole_texts(
@@ -195,7 +230,8 @@ class HearingTest:
     ):
         self.silent, self.voice, self.dataset, self.split, self.max_len = Remembering(silent), voice, dataset, split, max_len
         drawn = np.sort(np.random.default_rng(0).permutation(len(split.test))[:users])
-        self.test, self.validation = (Holdout(h.users[drawn], h.history.take(drawn), h.targets[drawn]) for h in (split.test, split.validation))
+        self.test, self.validation = (Holdout(h.users[drawn], h.history.take(drawn), h.targets[drawn])
+                                      for h in (split.test, split.validation))
         self.popular = Popularity.build(dataset, split)
         self.codes = dataset.catalogue.category_codes(DEPTH)
         self.results: dict[str, dict[str, float]] = {}
@@ -219,7 +255,8 @@ def judge(
     part = Holdout(holdout.users[some], holdout.history.take(some), holdout.targets[some])
     ranks = evaluate(rival, part, self.split.n_items, self.max_len, top=10, critiques=None if asked is None else asked[some], said=said)
     if name:
-        self.results[name] = {"users": float(len(some)), **{metric: float(ranks.gains(metric, pessimistic=True).mean()) for metric in METRICS}}
+        self.results[name] = {"users": float(len(some)),
+                              **{metric: float(ranks.gains(metric, pessimistic=True).mean()) for metric in METRICS}}
         if wanted is not None: self.results[name]["cat_ndcg@10"] = float(cat_ndcg(ranks.top, wanted[some], self.codes).mean())
     return ranks
 
@@ -269,7 +306,8 @@ def compare(
     "All rivals, and the model at all strengths."
     (rivals, asked), untold = self.filters(strings, depth=depth), self.filters(strings)[0]["filter, silent"]
     at, heard, read = self.voice(strings)
-    answers = {"silent": (self.silent, None, None), **{rival: (model, asked, None) for rival, model in rivals.items()}, "filter untold, silent": (untold, asked, None),
+    answers = {"silent": (self.silent, None, None), **{rival: (model, asked, None) for rival, model in rivals.items()},
+               "filter untold, silent": (untold, asked, None),
                **{f"listens {strength:g}": (at(strength), heard, read) for strength in STRENGTHS}}
     return {f"{said}|{name}": self.judge(f"{said}|{name}", *answer, asked >= 0, wanted) for name, answer in answers.items()}
 
@@ -296,7 +334,8 @@ def elsewhere(self: HearingTest, seed: int = 0):
         if not who.any(): continue
         self.compare(f"level {level}", categories.spread(paths, other), wanted, DEPTH)
         lists = rng.integers(self.split.n_items, size=(who.sum(), 10))
-        self.results[f"level {level}|random list"] = {"users": float(who.sum()), "cat_ndcg@10": float(cat_ndcg(lists, wanted[who], self.codes).mean())}
+        self.results[f"level {level}|random list"] = {"users": float(who.sum()),
+                                                      "cat_ndcg@10": float(cat_ndcg(lists, wanted[who], self.codes).mean())}
 
 # %% ../nbs/17_hearing.ipynb #ac8ca396
 @patch
@@ -325,10 +364,12 @@ def unheard_of(self: HearingTest, users: int = 500):
         wants = np.isin(np.arange(len(self.test)), wanting)
         at, asked, read = self.voice([said] * len(self.test))
         for name, answer in {"listens": (at(1.0), asked, read), "silent": (self.silent, None, None)}.items():
-            self.results[f"{said}|{name}"] = {"items": float(meets.mean()), "share@10": float(meets[self.judge("", *answer, some).top].mean())}
+            self.results[f"{said}|{name}"] = {"items": float(meets.mean()),
+                                              "share@10": float(meets[self.judge("", *answer, some).top].mean())}
             if wants.any():
                 ranks = self.judge("", *answer, wants)
-                self.results[f"{said}|{name}"] |= {"users": float(len(wanting)), "recall@10": float(ranks.gains("recall@10", pessimistic=True).mean())}
+                self.results[f"{said}|{name}"] |= {"users": float(len(wanting)),
+                                                   "recall@10": float(ranks.gains("recall@10", pessimistic=True).mean())}
 
 
 @patch
@@ -393,7 +434,8 @@ def traces(
     catalogue, categories = dataset.catalogue, Categories.of(dataset.catalogue)
     own, named = categories.of_items, [BETWEEN.join(path) for path in categories.paths]
     histories, targets = split.test.history, split.test.targets
-    several = (user for user, coming in enumerate(own[targets]) if coming >= 0 and coming not in (taken := own[histories[user][-recent:]]) and len({*taken} - {-1}) >= 2)
+    several = (user for user, coming in enumerate(own[targets])
+               if coming >= 0 and coming not in (taken := own[histories[user][-recent:]]) and len({*taken} - {-1}) >= 2)
     chosen = np.array(list(islice(several, users)), int)
     by_size, wishes = np.argsort(-categories.sizes, kind="stable"), {}
     for user in chosen:
@@ -401,20 +443,25 @@ def traces(
         last, present = next((item, category) for item, category in zip(histories[user][::-1], taken[::-1]) if category >= 0)
         elsewhere = next((category for category in by_size if category not in (*taken, coming)), present)
         path = categories.paths[present]
-        within = (categories.paths[category] for category in by_size if category != present and categories.paths[category][: len(path)] == path)
+        within = (categories.paths[category] for category in by_size
+                  if category != present and categories.paths[category][: len(path)] == path)
         full = catalogue.table["category"].iat[last]
         narrower = full if len(full) > len(path) else next(within, ())
         free = list(RULES.get(categories.paths[coming][0], [""]))
-        for kind, said in {"nothing": "", "what comes next": named[coming], "in the history": named[present], "not in the history": named[elsewhere],
-                           "broadened": BETWEEN.join(path[:2]), "narrowed": BETWEEN.join(narrower), "no category": free[len(wishes.get("no category", ())) % len(free)]}.items():
+        for kind, said in {"nothing": "", "what comes next": named[coming],
+                           "in the history": named[present], "not in the history": named[elsewhere],
+                           "broadened": BETWEEN.join(path[:2]), "narrowed": BETWEEN.join(narrower),
+                           "no category": free[len(wishes.get("no category", ())) % len(free)]}.items():
             wishes.setdefault(kind, []).append(said)
-    rows = [(user, kind, "", item) for user in chosen for kind, items in (("history", histories[user][-recent:]), ("next", targets[[user]])) for item in items]
+    rows = [(user, kind, "", item) for user in chosen
+            for kind, items in (("history", histories[user][-recent:]), ("next", targets[[user]])) for item in items]
     part = Holdout(split.test.users[chosen], histories.take(chosen), targets[chosen])
     for kind, strings in wishes.items():
         if kind != "nothing" and voice is None: continue
         at, asked, read = (lambda strength: model, None, None) if kind == "nothing" else voice(strings)
         lists = evaluate(at(1.0), part, split.n_items, max_len, top=top, critiques=asked, said=read).top
-        rows += [(user, kind, said, item) for user, said, items in zip(chosen, strings, lists) if said or kind == "nothing" for item in items]
+        rows += [(user, kind, said, item) for user, said, items in zip(chosen, strings, lists)
+                 if said or kind == "nothing" for item in items]
     found = pd.DataFrame(rows, columns=["user", "kind", "said", "item"])
     found["place"] = found.groupby(["user", "kind"], sort=False).cumcount() + 1
     table = catalogue.table.iloc[found["item"].astype(int)]

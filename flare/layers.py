@@ -25,7 +25,8 @@ def compute_dtype(
 # %% ../nbs/05_layers.ipynb #42aa01d0
 @cache
 def bf16_is_faster() -> bool:
-    "Whether this machine's matrix products take at most three quarters of the time in bfloat16; a CPU is timed, in milliseconds, the first time."
+    """Whether this machine's matrix products take at most three quarters of the time in bfloat16; a CPU is timed, in
+    milliseconds, the first time."""
     if torch.cuda.is_available(): return torch.cuda.is_bf16_supported(including_emulation=False)
     squares = [torch.ones(256, 256, dtype=dtype) for dtype in (torch.float32, torch.bfloat16)]
     single, half = (min(repeat(lambda: square @ square, number=1, repeat=20)) for square in squares)
@@ -42,7 +43,8 @@ class Drop(torch.autograd.Function):
     ) -> Tensor:  # like x
         "Some of it."
         draws = torch.empty((x.numel() + 7) // 8, dtype=torch.int64, device=x.device).random_(-(2**63), None)  # 8 bytes each
-        keep = draws.view(torch.uint8)[: x.numel()].view(x.shape).ge_(dropped)  # 0 or 1, in place: a bool would be made and converted slowly
+        # 0 or 1, in place: a bool would be made and converted slowly
+        keep = draws.view(torch.uint8)[: x.numel()].view(x.shape).ge_(dropped)
         keep = keep.to(x.dtype).mul_(256 / (256 - dropped))
         ctx.save_for_backward(keep)
         return x * keep

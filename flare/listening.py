@@ -45,8 +45,10 @@ class ListenConfig:
             if getattr(self, name) < 1: raise ValueError(f"ListenConfig.{name} is {getattr(self, name)}; it must be at least 1")
         if not self.listener_rate > 0: raise ValueError(f"ListenConfig.listener_rate is {self.listener_rate}; it must be above 0")
         for name in ("listener_slips", "listener_above"):
-            if not 0 < getattr(self, name) < 1: raise ValueError(f"ListenConfig.{name} is {getattr(self, name)}; it must be between 0 and 1")
-        if self.listener_above < self.listener_slips: raise ValueError(f"ListenConfig.listener_above is {self.listener_above}; it must be at least listener_slips, {self.listener_slips}")
+            if not 0 < getattr(self, name) < 1:
+                raise ValueError(f"ListenConfig.{name} is {getattr(self, name)}; it must be between 0 and 1")
+        if self.listener_above < self.listener_slips: raise ValueError(f"ListenConfig.listener_above is {self.listener_above}; "
+                             f"it must be at least listener_slips, {self.listener_slips}")
         if not self.listener_forms: raise ValueError(f"ListenConfig.listener_forms is empty; choose among {', '.join(FORMS)}")
         for form in self.listener_forms: form_of(form)
 
@@ -70,7 +72,8 @@ class Tower(nn.Module):
         return self.norm(self.straight(x) + self.bent(x))
 
 # %% ../nbs/16_listening.ipynb #1627ad20
-SPEAKERS = {"category": {"towers": 0.5, "path": 20.0, "last level": 4.0}, "text": {"towers": 0.5, "title": 16.0}}  # who has in mind what, and how much each likeness counts
+SPEAKERS = {  # who has in mind what, and how much each likeness counts
+    "category": {"towers": 0.5, "path": 20.0, "last level": 4.0}, "text": {"towers": 0.5, "title": 16.0}}
 RARER = {"category": -5.0, "text": 0.0}  # c: whose words are how probable, all else being equal
 
 
@@ -94,7 +97,8 @@ class Speakers(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.register_buffer("first", torch.tensor([[weights.get(way, 0.0) for way in self.ways] for weights in SPEAKERS.values()]))  # (kinds, ways)
+        self.register_buffer("first", torch.tensor([[weights.get(way, 0.0) for way in self.ways]
+                                                    for weights in SPEAKERS.values()]))  # (kinds, ways)
         self.louder, self.often = nn.Parameter(torch.zeros_like(self.first)), nn.Parameter(torch.tensor(list(RARER.values())))
 
     def forward(self,
@@ -168,7 +172,8 @@ class Listener(nn.Module):
         items: slice,  # of the catalogue
     ) -> Tensor:  # (ways, M, items) see `Speakers`
         "How alike critiques and items are, in every way."
-        return torch.stack([wishes.vectors[critique] @ self.items[items].T, *(self.names[way].alike(wishes.meant[critique], items) for way in self.speakers.ways[1:])])
+        return torch.stack([wishes.vectors[critique] @ self.items[items].T,
+                            *(self.names[way].alike(wishes.meant[critique], items) for way in self.speakers.ways[1:])])
 
     def likelihood(self,
         wishes: Wishes,
@@ -207,15 +212,18 @@ def read_strings(
     block: int = 256,  # strings at once
     progress: bool = False,  # show how far it is
 ) -> tuple[Tensor, Tensor]:  # (Q, f) and (Q, E); zeros for one that is empty
-    "What the model's reader makes of strings, as of the texts of items; and their mean token states, brought to length one. Nothing is stored."
+    """What the model's reader makes of strings, as of the texts of items; and their mean token states, brought to length one.
+    Nothing is stored."""
     place, distinct = each_once(strings)
     tokens = encoder.tokens(distinct)
     order = np.argsort([len(some) for some in tokens], kind="stable")
-    read, meant = (torch.zeros(len(distinct) + 1, width, device=model.device) for width in (model.reader.size, encoder.width))  # the last one is that of empty strings
+    read, meant = (torch.zeros(len(distinct) + 1, width, device=model.device)  # the last one is that of empty strings
+                   for width in (model.reader.size, encoder.width))
     with torch.no_grad():
         for some in tqdm(np.split(order, range(block, len(order), block)), disable=not progress, unit="block"):
             if not len(some): continue
-            states, counts = encoder.states([tokens[i] for i in some]).to(model.device), torch.tensor([len(tokens[i]) for i in some], device=model.device)
+            states, counts = (encoder.states([tokens[i] for i in some]).to(model.device),
+                              torch.tensor([len(tokens[i]) for i in some], device=model.device))
             read[some] = model.read(states, counts[:, None]).float()
             meant[some] = F.normalize(torch.segment_reduce(states.float(), "mean", lengths=counts), dim=1)
     return read[place], meant[place]
@@ -228,7 +236,9 @@ def names_of(
 ) -> dict[str, Names]:  # way of being alike → names
     "All that speakers may have in mind."
     categories = Categories.of(catalogue)
-    called = {"path": categories.spread([BETWEEN.join(path) for path in categories.paths]), "last level": categories.spread([path[-1] for path in categories.paths]), "title": catalogue.table["title"]}
+    called = {"path": categories.spread([BETWEEN.join(path) for path in categories.paths]),
+              "last level": categories.spread([path[-1] for path in categories.paths]),
+              "title": catalogue.table["title"]}
     def read(names: list[str]) -> Names:
         "Each name once."
         codes, distinct = each_once(names)
@@ -254,11 +264,13 @@ def sayings(
 def own_words(
     catalogue: Catalogue,
 ) -> tuple[list[str], np.ndarray, np.ndarray]:  # distinct strings (Q,); codes (ways, V) of what each item is called, -1 for none; and (ways,) bool: those that may name something above it
-    "What a catalogue itself calls its items, in lower case: their paths, the ends of these, and brands; and each path down to every one of its first four levels, and every such level by its name."
+    """What a catalogue itself calls its items, in lower case: their paths, the ends of these, and brands; and each path down to
+    every one of its first four levels, and every such level by its name."""
     categories = Categories.of(catalogue)
     whole = [[BETWEEN.join(path[:depth]) for path in categories.paths] for depth in (DEPTH, 2)]  # precise and broad
     ends = [[BETWEEN.join(path[-levels:]) for path in categories.paths] for levels in (1, 2)]
-    above = [[BETWEEN.join(path[first:last]) for path in categories.paths] for first, last in [*((0, depth) for depth in range(1, DEPTH)), *((level, level + 1) for level in range(1, DEPTH))]]
+    above = [[BETWEEN.join(path[first:last]) for path in categories.paths]
+             for first, last in [*((0, depth) for depth in range(1, DEPTH)), *((level, level + 1) for level in range(1, DEPTH))]]
     ways = [*map(categories.spread, whole + ends), FORMS["brand"](catalogue, 0), *map(categories.spread, above)]
     codes, distinct = each_once(word.casefold() for word in chain.from_iterable(ways))
     return distinct, codes.reshape(len(ways), -1), np.arange(len(ways)) >= len(ways) - len(above)
@@ -274,11 +286,16 @@ def teach(
     seed: int = 0,
     progress: bool = False,  # show how far it is
 ) -> Listener:
-    "Teach a listener what can be said about the items of a catalogue. Raises ValueError where the model reads no texts or is of another catalogue, or there is nothing to say."
-    if not model.config.modalities: raise ValueError("the model reads no texts, so it cannot be taught to listen: give it modalities=('text',)")
-    if len(catalogue) != model.config.n_items: raise ValueError(f"the catalogue has {len(catalogue)} items and the model {model.config.n_items}: give the one that the model was trained on")
+    """Teach a listener what can be said about the items of a catalogue. Raises ValueError where the model reads no texts or is of
+    another catalogue, or there is nothing to say."""
+    if not model.config.modalities:
+        raise ValueError("the model reads no texts, so it cannot be taught to listen: give it modalities=('text',)")
+    if len(catalogue) != model.config.n_items:
+        raise ValueError(f"the catalogue has {len(catalogue)} items and the model {model.config.n_items}: "
+                         "give the one that the model was trained on")
     strings, codes, form = sayings(catalogue, config)
-    (heard, _), (own, _) = read_strings(model, strings, encoder, progress=progress), read_strings(model, catalogue.category_path(DEPTH), encoder)
+    (heard, _), (own, _) = (read_strings(model, strings, encoder, progress=progress),
+                            read_strings(model, catalogue.category_path(DEPTH), encoder))
     items, device = torch.cat([model.context_table.rows.float(), own], 1), own.device  # (V, 2 f)
     rng, codes = np.random.default_rng(seed), torch.from_numpy(codes).to(device)
     forms, first, columns = np.unique(form, return_index=True, return_counts=True)
@@ -329,9 +346,11 @@ def together(
     check_users(*(asked for asked, _ in said))
     heard = [wishes for _, wishes in said]
     first = np.cumsum([0, *(len(wishes.vectors) for wishes in heard[:-1])])
-    codes, asked = np.unique(np.stack([np.where(asked < 0, -1, asked + start) for (asked, _), start in zip(said, first)]), axis=1, return_inverse=True)
+    codes, asked = np.unique(np.stack([np.where(asked < 0, -1, asked + start) for (asked, _), start in zip(said, first)]),
+                             axis=1, return_inverse=True)
     vectors, meant, known = map(torch.cat, zip(*((wishes.vectors, wishes.meant, wishes.known) for wishes in heard)))
-    return np.where((codes < 0).all(0)[asked.reshape(-1)], -1, asked.reshape(-1)), Wishes(vectors, meant, known, torch.from_numpy(codes.T.copy()).to(known))
+    return (np.where((codes < 0).all(0)[asked.reshape(-1)], -1, asked.reshape(-1)),
+            Wishes(vectors, meant, known, torch.from_numpy(codes.T.copy()).to(known)))
 
 # %% ../nbs/16_listening.ipynb #3be905f8
 class Listening(nn.Module):
@@ -370,7 +389,8 @@ def calibrate(
     version: int = 1000,  # of what is said; one that was not heard while it learned
     most: int = 2**23,  # scores that are made, which is users times items
 ):
-    "Fit the speakers to users whose next item is known. Who says nothing, or what is known, does not count; where nobody is left, the speakers stay as they were."
+    """Fit the speakers to users whose next item is known. Who says nothing, or what is known, does not count; where nobody is
+    left, the speakers stay as they were."""
     users = np.random.default_rng(0).permutation(len(holdout))[: max(1, most // len(catalogue))]
     targets, everything, spoken = holdout.targets[users], slice(0, len(catalogue)), []
     with evaluating(model):
@@ -381,7 +401,8 @@ def calibrate(
         asked, wishes = hear(model, listener, [strings[target] for target in targets], encoder)
         critique = torch.from_numpy(asked).to(wishes.known)
         some = torch.nonzero((critique >= 0) & (wishes.known[critique] < 0))[:, 0]
-        if len(some): spoken.append((listener.alike(wishes, critique[some], everything), silent[some], torch.from_numpy(targets).to(some)[some]))
+        if len(some):
+            spoken.append((listener.alike(wishes, critique[some], everything), silent[some], torch.from_numpy(targets).to(some)[some]))
     if not spoken: return
     optimizer = torch.optim.LBFGS(listener.speakers.parameters(), max_iter=40, line_search_fn="strong_wolfe", tolerance_change=1e-5)
 

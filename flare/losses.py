@@ -97,8 +97,10 @@ class LinearCrossEntropy(torch.autograd.Function):
         states, tables, learned = saved[::2], saved[1::2], ctx.needs_input_grad[7::2]
         hidden = in_round(torch.cat(states, 1))
         low, of_hidden = (hidden * LOG2E).to(ctx.dtype), torch.zeros_like(hidden, dtype=torch.float32)
-        to_learn = torch.cat([h for h, wants in zip(hidden.split([t.shape[1] for t in tables], 1), learned) if wants], 1)  # columns of learned tables
-        of_tables, of_bias = [torch.empty_like(t) for t, wants in zip(tables, learned) if wants], None if bias is None else torch.empty_like(bias)
+        # columns of learned tables
+        to_learn = torch.cat([h for h, wants in zip(hidden.split([t.shape[1] for t in tables], 1), learned) if wants], 1)
+        of_tables, of_bias = ([torch.empty_like(t) for t, wants in zip(tables, learned) if wants],
+                              None if bias is None else torch.empty_like(bias))
         for i, share in enumerate(in_round((shares * grad).T).T[..., None]):  # (M, 1), 0 where a row pads
             items = slice(i * ctx.chunk, (i + 1) * ctx.chunk)
             if 2 * i < len(kept): table, weights = kept[2 * i : 2 * i + 2]
@@ -129,7 +131,8 @@ def all_rows(
     sizes, first = team.gather(len(targets)), first_row(table)
     before = sum(sizes[: team.rank])
     ours = slice(first, first + len(table.to_local()))
-    pairs = [(GatherRows.apply(hidden.contiguous(), sizes), table.to_local() if isinstance(table, DTensor) else table[ours]) for hidden, table in pairs]
+    pairs = [(GatherRows.apply(hidden.contiguous(), sizes), table.to_local() if isinstance(table, DTensor) else table[ours])
+             for hidden, table in pairs]
     return pairs, gather_rows(targets, sizes) - first, None if bias is None else bias.to_local(), slice(before, before + len(targets))
 
 # %% ../nbs/09_losses.ipynb #760ed013
@@ -173,7 +176,8 @@ def masked_item_loss(
     count, mine = len(targets), None
     if isinstance(pairs[0][1], DTensor): pairs, targets, bias, mine = all_rows(pairs, targets, bias)
     rows, size, device = max(1, len(targets)), len(pairs[0][1]), targets.device.type
-    chunk = size if rows * size <= most_logits else chunk_size or max(256, 2 ** int(math.log2((2**21 if device == "cpu" else 2**26) / rows)))
+    chunk = (size if rows * size <= most_logits
+             else chunk_size or max(256, 2 ** int(math.log2((2**21 if device == "cpu" else 2**26) / rows))))
     dtype = compute_dtype(device)
     with torch.autocast(device, enabled=False):
         if device == "cuda" and dtype != torch.float32 and chunk < size and not (chunk_size or mine) and (kernel := cut_kernel()):

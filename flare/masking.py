@@ -106,7 +106,8 @@ class Critiques:
 
     def __post_init__(self):
         if self.of_items.size and not -1 <= self.of_items.min() <= self.of_items.max() < len(self.states):
-            raise ValueError(f"of_items names strings from {self.of_items.min()} to {self.of_items.max()}; there are 0 to {len(self.states) - 1}, and -1 for none")
+            raise ValueError(f"of_items names strings from {self.of_items.min()} to {self.of_items.max()}; "
+                             f"there are 0 to {len(self.states) - 1}, and -1 for none")
 
     def draw(self,
         items: np.ndarray,  # (n,) that are hidden
@@ -132,7 +133,8 @@ def gather_contexts(
 ) -> tuple[Tensor, Tensor]:  # (T, width) float16 token states, one context after the other, and (n, 1 or 3) their counts, see `Batch`
     "What there is to read of some contexts. Raises ValueError on an item whose text is not at hand."
     items, asked = contexts.T
-    if text is None and (items < n_items).any(): raise ValueError("a critique is spoken at an item that is known: give collate the texts of the catalogue")
+    if text is None and (items < n_items).any():
+        raise ValueError("a critique is spoken at an item that is known: give collate the texts of the catalogue")
     if critiques is None:
         states, counts = text.gather(items)
         return states, counts[:, None]
@@ -245,7 +247,8 @@ class TrainingBatches:
         return np.random.default_rng([self.seed, epoch]).permutation(len(self.sequences))
 
     def batch(self, epoch: int, step: int, order: np.ndarray | None = None) -> Batch:
-        "Step `step` of epoch `epoch`, both from 0; `order` saves drawing the permutation again. All of it where there are fewer sequences than parts."
+        """Step `step` of epoch `epoch`, both from 0; `order` saves drawing the permutation again. All of it where there are fewer
+        sequences than parts."""
         order = self.order(epoch) if order is None else order
         drawn = self.sequences.take(order[step * self.batch_size : (step + 1) * self.batch_size])
         rng = np.random.default_rng([self.seed, epoch, step])
@@ -259,7 +262,8 @@ class TrainingBatches:
         if self.critiques is not None:
             critiques = np.full(len(hidden), -1)
             critiques[hidden] = self.critiques.draw(drawn.items[hidden], rng)
-        return collate(drawn.items, drawn.lengths, hidden, self.n_items, self.row_length, critiques, self.text, read, self.critiques, drawn.timestamps)
+        return collate(drawn.items, drawn.lengths, hidden, self.n_items, self.row_length, critiques, self.text, read,
+                       self.critiques, drawn.timestamps)
 
     def epoch(self, epoch: int, first: int = 0) -> Iterator[Batch]:
         "The batches of one epoch from step `first` on."

@@ -72,8 +72,9 @@ class MemoryPlan:
             if free is not None and need > free:
                 raise MemoryError(
                     f"{what} about {need / 2**30:,.1f} GiB and {free / 2**30:,.1f} GiB are free: {self}. "
-                    f"The tables of {self.items:,} items are {self.size} wide: lower hidden_size (or perceiver_size and latents, with texts), leave out items "
-                    "that nobody chose, lower batch_size if a step is the largest part, shorten texts that lie in memory, or take a larger machine")
+                    f"The tables of {self.items:,} items are {self.size} wide: lower hidden_size (or perceiver_size and latents, "
+                    "with texts), leave out items that nobody chose, lower batch_size if a step is the largest part, "
+                    "shorten texts that lie in memory, or take a larger machine")
 
 
 def step_bytes(
@@ -91,7 +92,8 @@ def step_bytes(
     read = summed = 0
     if text is not None:
         contexts = min(cells, config.n_items) * training.read_share
-        read = contexts * (2 * float(np.mean(text.counts)) * text.width + 12 * config.perceiver_layers * config.latents * config.perceiver_size)
+        read = contexts * (2 * float(np.mean(text.counts)) * text.width
+                           + 12 * config.perceiver_layers * config.latents * config.perceiver_size)
         if masks >= 2 * d and not config.rivals: summed = config.n_items * d  # ids and contexts
     return int(4 * (layers + logits + read + summed))
 
@@ -127,8 +129,12 @@ def plan_memory(
     step, cpu = step_bytes(config, training, text, mean_length or training.max_len), torch.device(device).type == "cpu"
     texts, mapped = (0, True) if text is None else (text.states.nbytes, isinstance(text.states, np.memmap))
     fragments = min(step + gradients * (4 * config.n_items * config.hidden_size < 2**25), 2**28)  # of arrays below 32 MiB
-    listening = strings and max(4 * (model.reader.size * (2 * strings + 4 * config.n_items) + compared * (strings + config.n_items) + config.text_width * (2 * strings + 3 * config.n_items)), 4 * 29 * fitted)
-    return MemoryPlan({"weights": weights, "gradients": gradients, "moments": 2 * weights, "best weights": weights + buffers, "context table": buffers,
-                       "a step": step, "an evaluation": evaluation_bytes(config, training, device), "averages": 2 * weights * averaged,
-                       "texts": texts * (cpu and not mapped), "the heap": fragments * cpu, "learning to listen": listening},
-                      free_memory(device), config.n_items, config.hidden_size, store=texts * mapped, beside=texts * (not cpu and not mapped), host=None if cpu else free_memory())
+    listening = strings and max(4 * (model.reader.size * (2 * strings + 4 * config.n_items)
+                                     + compared * (strings + config.n_items)
+                                     + config.text_width * (2 * strings + 3 * config.n_items)), 4 * 29 * fitted)
+    return MemoryPlan({"weights": weights, "gradients": gradients, "moments": 2 * weights, "best weights": weights + buffers,
+                       "context table": buffers, "a step": step, "an evaluation": evaluation_bytes(config, training, device),
+                       "averages": 2 * weights * averaged, "texts": texts * (cpu and not mapped), "the heap": fragments * cpu,
+                       "learning to listen": listening},
+                      free_memory(device), config.n_items, config.hidden_size, store=texts * mapped,
+                      beside=texts * (not cpu and not mapped), host=None if cpu else free_memory())

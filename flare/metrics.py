@@ -104,7 +104,8 @@ def cat_ndcg(
 ) -> np.ndarray:  # (users,) in [0, 1], float64; NaN where nothing was asked for
     "Cat-nDCG@k (Hebert et al., eq. 8). Raises ValueError on shapes that do not fit."
     if len(top) != len(wanted) or wanted.shape[1] != codes.shape[1]:
-        raise ValueError(f"top {top.shape}, wanted {wanted.shape} and codes {codes.shape} do not fit: want (users, k), (users, levels) and (V, levels)")
+        raise ValueError(f"top {top.shape}, wanted {wanted.shape} and codes {codes.shape} do not fit: "
+                         "want (users, k), (users, levels) and (V, levels)")
     discount, asked = 1 / np.log2(np.arange(top.shape[1]) + 2), wanted >= 0  # (k,), (users, levels)
     gains = ((codes[top] == wanted[:, None]) & asked[:, None]).sum(2)  # (users, k)
     sizes = [np.bincount(column[column >= 0], minlength=max(1, column.max() + 1)) for column in codes.T]  # items in each category, by level

@@ -119,7 +119,8 @@ class Projection(nn.Linear):
 
 
 class AddContexts(torch.autograd.Function):
-    "Rows of a table, and to each what was read for it, projected; what was read is data. Made piece by piece, so that no copy of what was read is."
+    """Rows of a table, and to each what was read for it, projected; what was read is data. Made piece by piece, so that no copy
+    of what was read is."""
     piece = 2**14  # rows
 
     @staticmethod
@@ -228,9 +229,11 @@ def naming_tables(
     "Raises MemoryError, and says what is too large, where torch's allocator has no room for the tables."
     try: yield
     except RuntimeError as error:
-        if not any(word in str(error) for word in ("allocate", "overflow")): raise  # torch's own words, of a CPU, of a GPU, and of no machine at all
-        raise MemoryError(f"there is no room for a model of n_items={config.n_items:,} and hidden_size={config.hidden_size}: lower hidden_size "
-                          "(or perceiver_size and latents, with texts), leave out items that nobody chose, or take a larger machine; "
+        if not any(word in str(error) for word in ("allocate", "overflow")):
+            raise  # torch's own words, of a CPU, of a GPU, and of no machine at all
+        raise MemoryError(f"there is no room for a model of n_items={config.n_items:,} and hidden_size={config.hidden_size}: "
+                          "lower hidden_size (or perceiver_size and latents, with texts), leave out items that nobody chose, "
+                          "or take a larger machine; "
                           "flare.memory.plan_memory says beforehand what a training needs") from error
 
 
@@ -326,7 +329,8 @@ def read(
 
 
 @patch
-def contexts(self: FlareModel, batch: Batch) -> tuple[Tensor | None, Tensor | None]:  # (C, f) of all, (F, f) of those read anew; None where none are
+# (C, f) of all, (F, f) of those read anew; None where none are
+def contexts(self: FlareModel, batch: Batch) -> tuple[Tensor | None, Tensor | None]:
     "The contexts of a batch: read from the tokens that came with it, or else as remembered."
     if not self.config.modalities: return None, None
     fresh = None if batch.read is None else self.read(batch.states, batch.counts)
@@ -370,7 +374,8 @@ def logits(
     if item_slice != slice(None): table = table[item_slice]  # a slice of all would copy its gradient
     if not self.config.modalities or self.config.output_tie != "item": return [(h, table)]
     read = self.context_table.rows[item_slice]
-    if len(h) < 2 * self.config.hidden_size or self.config.rivals or isinstance(table, DTensor): return [(h, table), (self.project.back(h), read)]
+    if len(h) < 2 * self.config.hidden_size or self.config.rivals or isinstance(table, DTensor):
+        return [(h, table), (self.project.back(h), read)]
     return [(h, AddContexts.apply(table, self.project.weight, read))]
 
 

@@ -27,7 +27,8 @@ from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 def assemble() -> Accelerator:
     "Bring the processes of this training together, if there are several: gloo for what lies in a CPU's memory, NCCL for what lies on GPUs."
     several, on_gpus = int(os.environ.get("WORLD_SIZE", 1)) > 1, torch.cuda.is_available() and not parse_flag_from_env("ACCELERATE_USE_CPU")
-    return Accelerator(cpu=several and not on_gpus, kwargs_handlers=[InitProcessGroupKwargs(backend="cpu:gloo,cuda:nccl")] if on_gpus else [])
+    return Accelerator(cpu=several and not on_gpus,
+                       kwargs_handlers=[InitProcessGroupKwargs(backend="cpu:gloo,cuda:nccl")] if on_gpus else [])
 
 
 class Team:
@@ -41,10 +42,11 @@ class Team:
         "A call that all processes make. Raises RuntimeError where another one has gone."
         try: return call(*given)
         except (RuntimeError, ConnectionError) as error:
-            lost = isinstance(error, (dist.DistError, ConnectionError)) or re.search("connection|broken pipe|timed? ?out", str(error), re.I)  # gloo's words
+            lost = (isinstance(error, (dist.DistError, ConnectionError))
+                    or re.search("connection|broken pipe|timed? ?out", str(error), re.I))  # gloo's words
             if not lost: raise
-            raise RuntimeError(f"process {self.rank} of {self.size} has lost another one ({str(error).splitlines()[0]}). The last checkpoint is "
-                               "whole: start all processes again, and they go on from it") from error
+            raise RuntimeError(f"process {self.rank} of {self.size} has lost another one ({str(error).splitlines()[0]}). "
+                               "The last checkpoint is whole: start all processes again, and they go on from it") from error
 
     def gather(self,
         value: object,  # of this process; anything that can be pickled
@@ -68,7 +70,8 @@ class Team:
         "Replace each gradient by the sum of all processes'; a weight without one in any of them keeps having none."
         if self.size == 1: return
         weights = [w for w in weights if not isinstance(w, DTensor)]  # the gradient of a part is whole already
-        kinds = np.max(self.gather([0 if w.grad is None else 2 if w.grad.is_sparse else 1 for w in weights]), axis=0)  # none, dense or sparse
+        # none, dense or sparse
+        kinds = np.max(self.gather([0 if w.grad is None else 2 if w.grad.is_sparse else 1 for w in weights]), axis=0)
         for weight, kind in zip(weights, kinds):
             if kind == 1:
                 if weight.grad is None: weight.grad = torch.zeros_like(weight)
@@ -196,7 +199,8 @@ def share_table(
     sparse: bool = False,  # of a weight of which nothing but rows is used: its gradient is a sparse tensor
 ) -> tuple[Tensor, Tensor]:  # the table, to be used from here on, and (..., d)
     "A table and rows of it, such that both together have one gradient of the size of the table, not one each."
-    if isinstance(table, DTensor): return table, LookupRows.apply(table.to_local(), items.flatten(), first_row(table)).view(*items.shape, table.shape[1])
+    if isinstance(table, DTensor):
+        return table, LookupRows.apply(table.to_local(), items.flatten(), first_row(table)).view(*items.shape, table.shape[1])
     if sparse: return table, F.embedding(items, table, sparse=True)
     return SharedTable.apply(table, items)
 
@@ -206,10 +210,14 @@ def shard_rows(
     names: tuple[str, ...] = ("item_embedding.weight", "output_embedding.weight", "output_bias"),  # of weights with a row for each item
 ) -> nn.Module:  # the same
     "Leave each process its part of the tables. Raises RuntimeError where there is but one process."
-    if Team().size == 1: raise RuntimeError("a table can only be shared by several processes: start them with torchrun --nproc_per_node 2, or accelerate launch --num_processes 2 on GPUs")
+    if Team().size == 1:
+        raise RuntimeError("a table can only be shared by several processes: start them with torchrun --nproc_per_node 2, "
+                           "or accelerate launch --num_processes 2 on GPUs")
     for name in ("id_dropout", "rivals"):
-        if getattr(getattr(module, "config", None), name, 0): raise ValueError(f"{name} needs a whole table: set it to 0 where the table is in parts")
-    if "nccl" in dist.get_backend(): module.to(torch.cuda.current_device())  # where the trainer brings it; NCCL moves nothing that lies elsewhere
+        if getattr(getattr(module, "config", None), name, 0):
+            raise ValueError(f"{name} needs a whole table: set it to 0 where the table is in parts")
+    if "nccl" in dist.get_backend():
+        module.to(torch.cuda.current_device())  # where the trainer brings it; NCCL moves nothing that lies elsewhere
     mesh = init_device_mesh(next(module.parameters()).device.type, (Team().size,))
     for name in names:
         owner, _, field = name.rpartition(".")

@@ -177,7 +177,8 @@ class Perceiver(nn.Module):
         super().__init__()
         if size % heads: raise ValueError(f"perceiver_size={size} is not a multiple of perceiver_heads={heads}")
         if not 1 <= cross_attends <= max(1, layers):
-            raise ValueError(f"cross_attends={cross_attends}: the latents look at least once, and at most once before each of {layers} layers")
+            raise ValueError(f"cross_attends={cross_attends}: the latents look at least once, "
+                             f"and at most once before each of {layers} layers")
         self.combine = combine
         self.latents = nn.Parameter(torch.empty(latents, size))
         self.looks = nn.ModuleList(Look(width, size, heads) for _ in range(cross_attends))

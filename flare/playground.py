@@ -30,7 +30,8 @@ def told(
     top: int = 10,  # items to list
     max_len: int | None = None,  # most recent items that the model is shown; None: as many as it looks back
 ) -> pd.DataFrame:  # item, title, category, score, and the place in the list of the silent model
-    "The best items for who has chosen these and says that. Raises ValueError on an empty history, an item that is none of the catalogue's, or a bad strength."
+    """The best items for who has chosen these and says that. Raises ValueError on an empty history, an item that is none of the
+    catalogue's, or a bad strength."""
     if not len(history): raise ValueError("the history is empty: choose an item first")
     at, asked, said = voice([critique])
     max_len = min([max_len or len(history), *(part.config.max_len for part in at(0.0).modules() if isinstance(part, FlareModel))])
@@ -39,8 +40,10 @@ def told(
     best = heard.topk(min(top, dataset.n_items))[1]
     before = 1 + (silent[None] > silent[best, None]).sum(1)
     table = dataset.catalogue.table.iloc[best.numpy()]
-    return pd.DataFrame({"item": best.numpy(), "title": table["title"].to_numpy(), "category": [BETWEEN.join(path) for path in table["category"]],
-                         "score": heard[best].numpy().round(3), "silent": before.numpy()}, index=pd.RangeIndex(1, len(best) + 1, name="place"))
+    return pd.DataFrame({"item": best.numpy(), "title": table["title"].to_numpy(),
+                         "category": [BETWEEN.join(path) for path in table["category"]],
+                         "score": heard[best].numpy().round(3), "silent": before.numpy()},
+                        index=pd.RangeIndex(1, len(best) + 1, name="place"))
 
 # %% ../nbs/28_playground.ipynb #c9040638
 class Playground(VBox):

@@ -48,7 +48,8 @@ class PushConfig:
 
     def __post_init__(self):
         if not 0 <= self.average < 1: raise ValueError(f"PushConfig.average is {self.average}; it must be at least 0 and below 1")
-        if self.negatives not in ("batch", "catalogue"): raise ValueError(f"PushConfig.negatives is {self.negatives!r}; choose one of ('batch', 'catalogue')")
+        if self.negatives not in ("batch", "catalogue"):
+            raise ValueError(f"PushConfig.negatives is {self.negatives!r}; choose one of ('batch', 'catalogue')")
         if self.tuning_epochs < 0: raise ValueError(f"PushConfig.tuning_epochs is {self.tuning_epochs}; it must be at least 0")
         if not self.tuning_rate > 0: raise ValueError(f"PushConfig.tuning_rate is {self.tuning_rate}; it must be above 0")
 
@@ -57,7 +58,8 @@ class PushConfig:
     ):
         "Raises ValueError where the two do not go together."
         for name in ("rivals", "margin"):
-            if self.negatives == "catalogue" and getattr(config, name): raise ValueError(f"{name} and negatives='catalogue' do not go together: give {name}=0, or negatives='batch'")
+            if self.negatives == "catalogue" and getattr(config, name):
+                raise ValueError(f"{name} and negatives='catalogue' do not go together: give {name}=0, or negatives='batch'")
 
 # %% ../nbs/18_pushing.ipynb #35bdba77
 class PushedFlare(FlareModel):
@@ -131,7 +133,8 @@ class PushedFlare(FlareModel):
 @torch.no_grad()
 def keep_average(self: PushedFlare):
     "Let the average follow the weights by a step. Raises ValueError where several processes train, of which not all see every step."
-    if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1: raise ValueError("the average is kept by one process: train without accelerate launch, or with average=0")
+    if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
+        raise ValueError("the average is kept by one process: train without accelerate launch, or with average=0")
     decay = min(self.pushed.average, self.averaged.item() / (10 + self.averaged.item()))
     for name, weight in self.named_parameters(): getattr(self, self.average_of(name)).lerp_(weight, 1 - decay)
     self.averaged += 1
@@ -207,15 +210,19 @@ def guess_words(
         torch.manual_seed(seed)
         model.train()
         for _ in range(pushed.tuning_epochs):
-            lengths = np.array([len(some) for some in tokens]) + rng.random(len(tokens)) * 8  # texts of like length together, otherwise in every epoch
+            # texts of like length together, otherwise in every epoch
+            lengths = np.array([len(some) for some in tokens]) + rng.random(len(tokens)) * 8
             batches = np.array_split(np.argsort(lengths), -(-len(tokens) // batch_size))
             for i in rng.permutation(len(batches)):
                 batch = tokenizer.pad({"input_ids": [tokens[j] for j in batches[i]]}, return_tensors="pt")
-                given, hidden = hide_tokens(batch["input_ids"], ~torch.isin(batch["input_ids"], special), tokenizer.mask_token_id, len(tokenizer), generator)
+                given, hidden = hide_tokens(batch["input_ids"], ~torch.isin(batch["input_ids"], special), tokenizer.mask_token_id,
+                                            len(tokenizer), generator)
                 if not hidden.any(): continue
-                for group in optimizer.param_groups: group["lr"] = pushed.tuning_rate * min(1, (len(losses) + 1) / 50) * (1 - len(losses) / steps)
+                for group in optimizer.param_groups:
+                    group["lr"] = pushed.tuning_rate * min(1, (len(losses) + 1) / 50) * (1 - len(losses) / steps)
                 with torch.autocast(encoder.device.type, torch.bfloat16, enabled=bf16_is_faster()):
-                    states = model.base_model(input_ids=given.to(encoder.device), attention_mask=batch["attention_mask"].to(encoder.device)).last_hidden_state
+                    states = model.base_model(input_ids=given.to(encoder.device),
+                                              attention_mask=batch["attention_mask"].to(encoder.device)).last_hidden_state
                     logits = head(states[hidden.to(encoder.device)])
                 loss = F.cross_entropy(logits.float(), batch["input_ids"][hidden].to(encoder.device))
                 optimizer.zero_grad()
@@ -242,7 +249,8 @@ def tuned(
     batch_size: int = 32,  # texts in a step
     progress: bool = False,  # show how far it is
 ) -> tuple[TextConfig, float]:  # with another encoder, and the seconds that it took when it was made
-    "An encoder that has learned to guess hidden words of these texts, or without `tuning_epochs` the same. Raises ValueError where it has no such head."
+    """An encoder that has learned to guess hidden words of these texts, or without `tuning_epochs` the same. Raises ValueError where
+    it has no such head."""
     if not pushed.tuning_epochs: return reading, 0.0
     encoder = Encoder(replace(reading, encoder_precision="fp32"))
     refusal = f"the encoder {reading.encoder} cannot be tuned, it has no head or no token for hidden words; use minilm or mpnet"
@@ -269,7 +277,8 @@ def tuned(
     return replace(reading, encoder=str(folder)), float((folder / "seconds").read_text())
 
 # %% ../nbs/18_pushing.ipynb #c0910aff
-OF_ITEMS = ("item_embedding", "output_embedding", "output_bias", "context_table", "has_text", "average")  # names of weights that begin so belong to a catalogue, or to the past
+# names of weights that begin so belong to a catalogue, or to the past
+OF_ITEMS = ("item_embedding", "output_embedding", "output_bias", "context_table", "has_text", "average")
 
 
 def carry_over(
@@ -277,7 +286,8 @@ def carry_over(
     target: PushedFlare,  # of the same sizes; its reader will not be whitened again
 ):
     "Give one model what another has learned of texts and sequences; the ids stay its own."
-    target.load_state_dict(target.state_dict() | {name: value for name, value in source.state_dict().items() if not name.startswith(OF_ITEMS)})
+    target.load_state_dict(target.state_dict() | {name: value for name, value in source.state_dict().items()
+                                                  if not name.startswith(OF_ITEMS)})
     target.config.whiten = False
 
 
@@ -288,10 +298,12 @@ def others_before(
     "The sets of `before`. Raises ValueError where one shares titles with the target, or where there should be times and are none."
     titles, others = set(target.catalogue.table["title"].str.casefold()) - {""}, [load_dataset(name) for name in pushed.before]
     for data in (target, *others):
-        if pushed.time_gaps and data.sequences.timestamps is None: raise ValueError(f"{data.name} has no times: give time_gaps=false, or take a set that has them")
+        if pushed.time_gaps and data.sequences.timestamps is None:
+            raise ValueError(f"{data.name} has no times: give time_gaps=false, or take a set that has them")
     for other in others:
         if shared := len(titles & set(other.catalogue.table["title"].str.casefold())):
-            raise ValueError(f"{other.name} shares {shared:,} titles with {target.name}, whose held-out items it may give away: train on another set before")
+            raise ValueError(f"{other.name} shares {shared:,} titles with {target.name}, whose held-out items it may give away: "
+                             "train on another set before")
     return others
 
 

@@ -49,7 +49,8 @@ from .trainer import TrainConfig, train
 # %% ../nbs/20_records.ipynb #5e30b2b0
 TRAINING_FREE = {"popularity": Popularity, "repeat_last": RepeatLast, "lir": LastItemBM25}
 STEERED = {"flare_listens": ListenConfig, "flare_hears": CritiqueConfig}  # Flare that is told what is wanted, and how
-TAUGHT = {"flare_listens": "flare", "flare_fused": "flare", "bert4rec_fused": "bert4rec"}  # what is trained as another model, and taught the rest afterwards
+# what is trained as another model, and taught the rest afterwards
+TAUGHT = {"flare_listens": "flare", "flare_fused": "flare", "bert4rec_fused": "bert4rec"}
 EXTENDED = STEERED | {"flare_pushed": PushConfig, "flare_fused": FusionConfig, "bert4rec_fused": FusionConfig}  # a model and more
 TRAINED = ("bert4rec", "flare", *EXTENDED)
 MODELS = (*TRAINED, *TRAINING_FREE)
@@ -121,7 +122,8 @@ def configs(
 
     added = EXTENDED.get(model)
     modalities = {"bert4rec": (), "flare_hears": ("text", "critique")}.get(TAUGHT.get(model, model), ("text",))
-    config, more = FlareConfig(n_items=n_items, modalities=modalities, **its_own(FlareConfig.own_fields())), added and added(**its_own(f.name for f in fields(added)))
+    config = FlareConfig(n_items=n_items, modalities=modalities, **its_own(FlareConfig.own_fields()))
+    more = added and added(**its_own(f.name for f in fields(added)))
     if isinstance(more, PushConfig): more.check(config)
     return (config, TrainConfig(seed=seed, **its_own(f.name for f in fields(TrainConfig))),
             TextConfig(**its_own(f.name for f in fields(TextConfig))) if modalities else None, more)
@@ -157,8 +159,8 @@ def bare(
     if isinstance(node, list): return f"[{', '.join(map(bare, node))}]"
     if not isinstance(node, ast.AST): return repr(node)
     held = dict(ast.iter_fields(node))
-    documented = isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)) and ast.get_docstring(node, clean=False) is not None
-    if documented: held["body"] = held["body"][1:]
+    if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)) and ast.get_docstring(node) is not None:
+        held["body"] = held["body"][1:]
     return f"{type(node).__name__}({', '.join(f'{name}={bare(value)}' for name, value in held.items() if value not in (None, []))})"
 
 
@@ -197,7 +199,10 @@ def code_digest(
 ) -> dict[str, str]:  # module → 12 hexadecimal digits, for all modules that make a result of this model
     "Digests of the code that a model's results depend on."
     maker = TRAINING_FREE[model].__module__ if model in TRAINING_FREE else FlareModel.__module__
-    waiting = [maker, load_dataset.__module__, evaluate.__module__] + [train.__module__] * (model in TRAINED) + [HearingTest.__module__] * (model in STEERED) + ([EXTENDED[model].__module__] if model in EXTENDED else [])
+    waiting = [maker, load_dataset.__module__, evaluate.__module__]
+    if model in TRAINED: waiting.append(train.__module__)
+    if model in STEERED: waiting.append(HearingTest.__module__)
+    if model in EXTENDED: waiting.append(EXTENDED[model].__module__)
     digests = {}
     while waiting:
         module = waiting.pop()
@@ -247,7 +252,8 @@ def environment(
     changed = commit and git("status", "--porcelain", "--", ":(top)", ":(top,exclude)paper", folder=folder)
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"cpu, {torch.get_num_threads()} threads"
     libraries = {name: version(name) for name in ("torch", "transformers", "accelerate", "numpy", "pandas", "bm25s")}
-    return {"device": device, "processor": processor(), "bf16": bf16_is_faster(), "libraries": {"python": platform.python_version()} | libraries,
+    return {"device": device, "processor": processor(), "bf16": bf16_is_faster(),
+            "libraries": {"python": platform.python_version()} | libraries,
             "commit": commit and commit + "-dirty" * bool(changed),
             "date": datetime.now(timezone.utc).isoformat(timespec="seconds")}
 
@@ -297,7 +303,8 @@ class Record:
         return json.dumps(asdict(self), indent=1, allow_nan=False) + "\n"
 
     def _repr_html_(self) -> str:
-        table = pd.DataFrame({part: self.metrics[part] for part in ("validation", "test")}).T[["recall@1", "recall@10", "ndcg@10", "mrr", "ndcg@10_pessimistic"]]
+        shown = ["recall@1", "recall@10", "ndcg@10", "mrr", "ndcg@10_pessimistic"]
+        table = pd.DataFrame({part: self.metrics[part] for part in ("validation", "test")}).T[shown]
         about = self.dataset
         return (f"<p><b>{self.model}</b> on {about['name']} ({about['split']}, {about['users']:,} users, "
                 f"{about['items']:,} items, {about['text_coverage']:.1%} of the events with text), "
@@ -311,7 +318,8 @@ def write_record(
     root: str | Path,  # folder that holds records/ and runs/
     more: dict[str, bytes] = {},  # ending → content of other files beside it
 ) -> Path:  # of the JSON file
-    "Write a record and what is kept beside it, all or nothing, in the place of an older one. Raises ValueError on a metric that is not finite."
+    """Write a record and what is kept beside it, all or nothing, in the place of an older one. Raises ValueError on a metric that is
+    not finite."""
     for part, values in record.metrics.items():
         for name, value in values.items():
             if not math.isfinite(value):
@@ -319,7 +327,8 @@ def write_record(
                                  "not recorded; does the split have users to evaluate?")
     path, text = record.path(root), record.to_json()
     path.parent.mkdir(parents=True, exist_ok=True)
-    contents = {path.with_suffix(ending): content for ending, content in ({".ranks.parquet": ranks.to_parquet()} | more).items()} | {path: text.encode()}
+    beside = {".ranks.parquet": ranks.to_parquet()} | more
+    contents = {path.with_suffix(ending): content for ending, content in beside.items()} | {path: text.encode()}
     write_files(contents)
     for older in {*path.parent.glob(f"{path.stem}.*.parquet")} - {*contents}: older.unlink()
     return path

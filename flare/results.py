@@ -33,7 +33,8 @@ def read_records(
     now = {name: fingerprint_now(name) for name in names} if check_data else {}
     about = ("split", "users", "items", "interactions", "text_coverage")
     rows = [{"experiment": experiment, "key": key, "model": r.model, "dataset": r.dataset.get("name"), "seed": r.seed}
-            | {name: r.dataset.get(name) for name in about} | {"encoder": r.config.get("encoder", "—"), "parameters": json.dumps(r.parameters, sort_keys=True)}
+            | {name: r.dataset.get(name) for name in about}
+            | {"encoder": r.config.get("encoder", "—"), "parameters": json.dumps(r.parameters, sort_keys=True)}
             | {f"{part}.{name}": value for part, values in r.metrics.items() for name, value in values.items()}
             | {f"cost.{name}": value for name, value in r.cost.items()}
             | {name: r.environment.get(name) for name in ("device", "commit", "date")}
@@ -59,11 +60,13 @@ def benchmark_records(
     root: str | Path | None = None,  # folder that holds records/; None: paper/ of the project
     check_data: bool = True,  # see `read_records`
 ) -> pd.DataFrame:  # as from `read_records`
-    "The records of table 2: those of `benchmark`, and those of `critiquing` as what was trained before it was taught, which is the same while nobody speaks."
+    """The records of table 2: those of `benchmark`, and those of `critiquing` as what was trained before it was taught, which is the
+    same while nobody speaks."""
     before = read_records("critiquing", root, check_data, before_taught=True)
     before = before[before["model"].isin(TAUGHT.values())].dropna(axis="columns", how="all")
     both = pd.concat([read_records("benchmark", root, check_data), before], ignore_index=True)
-    return both.sort_values("stale", kind="stable").drop_duplicates(["dataset", "split", "model", "seed", "parameters"]).sort_index()  # what holds before what is stale
+    both = both.sort_values("stale", kind="stable")  # what holds before what is stale
+    return both.drop_duplicates(["dataset", "split", "model", "seed", "parameters"]).sort_index()
 
 # %% ../nbs/22_results.ipynb #549218f4
 def read_ranks(
@@ -72,7 +75,8 @@ def read_ranks(
 ) -> list[Ranks]:  # of the test users, one a row
     "The ranks that belong to some records, for paired comparisons and deciles."
     root = project_folder() / "paper" if root is None else Path(root)
-    return [Ranks.from_parquet(record_path(root, experiment, key).with_suffix(".ranks.parquet")) for experiment, key in zip(records["experiment"], records["key"])]
+    return [Ranks.from_parquet(record_path(root, experiment, key).with_suffix(".ranks.parquet"))
+            for experiment, key in zip(records["experiment"], records["key"])]
 
 # %% ../nbs/22_results.ipynb #e88a9ed2
 def of_its_time(
@@ -109,7 +113,8 @@ def compared(
         theirs, about = read_ranks(runs, root), {"other": name + " †" * bool(first["stale"].any() or runs["stale"].any())}
         for title, metric in metrics.items():
             c = paired_bootstrap(ranks, theirs, metric, samples=samples)
-            rows.append(about | {"metric": title, "first": c.first, "second": c.second, "difference": c.difference, "low": c.low, "high": c.high, "p": c.p_value,
+            rows.append(about | {"metric": title, "first": c.first, "second": c.second,
+                                 "difference": c.difference, "low": c.low, "high": c.high, "p": c.p_value,
                                  "verdict": verdict(c.low, c.high), "seeds": f"{len(first)}, {len(runs)}"})
     numbers = ["first", "second", "difference", "low", "high", "p"]
     return pd.DataFrame(rows, columns=["other", "metric", *numbers, "verdict", "seeds"]).astype(dict.fromkeys(numbers, float))
@@ -122,8 +127,10 @@ def kinds_of(
     told: pd.DataFrame,  # with columns model and parameters, as from `read_records`: models that are told something
 ) -> list[str]:
     "What each of them is called in tables: `LISTENS`, or how it was trained to hear."
-    hears = [CritiqueConfig(**{field.name: given[field.name] for field in fields(CritiqueConfig) if field.name in given}) for given in map(json.loads, told["parameters"])]
-    return [LISTENS if model == "flare_listens" else f"as in the paper, {config.silence:.0%} silent" + ", text dropped" * (config.masked_text == "drop")
+    hears = [CritiqueConfig(**{field.name: given[field.name] for field in fields(CritiqueConfig) if field.name in given})
+             for given in map(json.loads, told["parameters"])]
+    return [LISTENS if model == "flare_listens"
+            else f"as in the paper, {config.silence:.0%} silent" + ", text dropped" * (config.masked_text == "drop")
             for model, config in zip(told["model"], hears)]
 
 
@@ -131,18 +138,22 @@ def read_heard(
     experiment: str,  # name of the folder of records
     root: str | Path | None = None,  # folder that holds records/; None: paper/ of the project
 ) -> tuple[pd.DataFrame, dict[str, pd.DataFrame]]:  # a row for each key (and its kind, see `kinds_of`), said, who, strength and metric, with its value; and the ranks of each key, see `HearingTest.to_parquet`
-    "The hearing tests of an experiment: of runs that agree in all but the seed those that hold, or all where none does. No rows where there are none."
+    """The hearing tests of an experiment: of runs that agree in all but the seed those that hold, or all where none does. No rows
+    where there are none."""
     root = project_folder() / "paper" if root is None else Path(root)
     records, rows, ranks = read_records(experiment, root), [], {}
-    records = records[~records["stale"].astype(bool) | records.groupby(["dataset", "split", "model", "parameters"])["stale"].transform("all").astype(bool)]
-    for key, model, kind, dataset, seed, stale in records.assign(kind=kinds_of(records))[["key", "model", "kind", "dataset", "seed", "stale"]].itertuples(index=False):
+    records = records[~records["stale"].astype(bool)
+                      | records.groupby(["dataset", "split", "model", "parameters"])["stale"].transform("all").astype(bool)]
+    about = records.assign(kind=kinds_of(records))[["key", "model", "kind", "dataset", "seed", "stale"]]
+    for key, model, kind, dataset, seed, stale in about.itertuples(index=False):
         record = read_record(path := record_path(root, experiment, key))
         if record.schema < SCHEMA: continue
         for name, values in record.metrics.items():
             if "|" not in name: continue  # of the ranks, or fitted
             said, _, who = name.partition("|")
             who, _, strength = who.partition("listens ") if who.startswith("listens ") else (who, "", "nan")
-            rows += [(key, model, kind, dataset, seed, stale, said, who or "listens", float(strength), metric, value) for metric, value in values.items()]
+            rows += [(key, model, kind, dataset, seed, stale, said, who or "listens", float(strength), metric, value)
+                     for metric, value in values.items()]
         if (beside := path.with_suffix(".heard.parquet")).exists(): ranks[key] = pd.read_parquet(beside)
     columns = ["key", "model", "kind", "dataset", "seed", "stale", "said", "who", "strength", "metric", "value"]
     return pd.DataFrame(rows, columns=columns), ranks
@@ -156,7 +167,8 @@ def heard_ranks(
 ) -> list[Ranks]:  # one a seed; none of a record that does not keep them
     "What a hearing test ranked, to be compared."
     tables = [ranks[key] for key in heard.sort_values("seed")["key"].unique() if name in ranks.get(key, ())]
-    return [Ranks(users, rank, rank) for users, rank in (table.loc[table[asking or name] > 0, ["user", name]].to_numpy().astype(int).T for table in tables)]
+    return [Ranks(users, rank, rank)
+            for users, rank in (table.loc[table[asking or name] > 0, ["user", name]].to_numpy().astype(int).T for table in tables)]
 
 
 def read_beside(

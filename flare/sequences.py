@@ -181,7 +181,8 @@ def category_codes(
     self: Catalogue,
     depth: int = 4,  # levels
 ) -> np.ndarray:  # (items, depth) int64, -1 where a path is shorter
-    "A number for each distinct beginning of a path, level by level: two items agree in a level where they agree in all levels above it too."
+    """A number for each distinct beginning of a path, level by level: two items agree in a level where they agree in all levels
+    above it too."""
     beginnings = [[path[: level + 1] if len(path) > level else None for path in self.table["category"]] for level in range(depth)]
     return np.stack([pd.factorize(pd.Series(level, dtype=object))[0] for level in beginnings], 1).astype(np.int64)
 

@@ -49,7 +49,8 @@ def is_study(
     study: object,  # of the file
 ) -> bool:
     "Whether it has a space, perhaps fixed values and those of a first trial, and nothing else."
-    return (isinstance(study, dict) and set(study) <= {"fixed", "space", "first"} and isinstance(study.get("space"), dict) and len(study["space"]) > 0
+    return (isinstance(study, dict) and set(study) <= {"fixed", "space", "first"}
+            and isinstance(study.get("space"), dict) and len(study["space"]) > 0
             and all(isinstance(study.get(name) or {}, dict) for name in ("fixed", "first")))
 
 
@@ -71,20 +72,26 @@ class Study:
         file = Path(file)
         if not file.is_file(): raise FileNotFoundError(f"there is no sweep {file}")
         content = read_yaml(file.read_text(encoding="utf8"), str(file))
-        if not isinstance(content, dict) or not {"notebook", "studies", "trials"} <= set(content) <= {"notebook", "base", "studies", "trials"}:
+        needed = {"notebook", "studies", "trials"}
+        if not isinstance(content, dict) or not needed <= set(content) <= needed | {"base"}:
             raise ValueError(f"{file}: a sweep has the keys notebook, studies, trials and perhaps base, and no others")
         base, studies, trials = content.get("base") or {}, content["studies"], content["trials"]
-        if not isinstance(trials, int) or trials is True or trials < 1: raise ValueError(f"{file}: trials is {trials!r}; it must be a whole number of at least 1")
+        if not isinstance(trials, int) or trials is True or trials < 1:
+            raise ValueError(f"{file}: trials is {trials!r}; it must be a whole number of at least 1")
         if not isinstance(base, dict): raise ValueError(f"{file}: base must map names to values")
         if not isinstance(studies, dict) or not studies or not all(map(is_study, studies.values())):
-            raise ValueError(f"{file}: studies must map names to studies, each with a space and perhaps fixed and first values, all of which map names to values, and nothing else")
+            raise ValueError(f"{file}: studies must map names to studies, each with a space and perhaps fixed and first values, "
+                             "all of which map names to values, and nothing else")
         found = []
         for name, study in studies.items():
             fixed = {"experiment": f"sweep_{file.stem}"} | base | (study.get("fixed") or {})
-            if both := set(fixed) & set(study["space"]): raise ValueError(f"{file}: {name}: {', '.join(sorted(both))} cannot be fixed and tried")
-            space, first = {of: distribution(choice, f"{file}: {name}: {of}") for of, choice in study["space"].items()}, study.get("first") or {}
+            if both := set(fixed) & set(study["space"]):
+                raise ValueError(f"{file}: {name}: {', '.join(sorted(both))} cannot be fixed and tried")
+            space = {of: distribution(choice, f"{file}: {name}: {of}") for of, choice in study["space"].items()}
+            first = study.get("first") or {}
             try: first and optuna.create_trial(params=first, distributions=space, value=0.0)
-            except (ValueError, TypeError) as error: raise ValueError(f"{file}: {name}: first must be a point of the space: {error}") from error
+            except (ValueError, TypeError) as error:
+                raise ValueError(f"{file}: {name}: first must be a point of the space: {error}") from error
             found.append(cls(f"{file.stem}/{name}", content["notebook"], fixed, space, trials, first))
         return found
 
@@ -94,18 +101,22 @@ def open_study(
     project: Path,
     workers: int = 1,
 ) -> optuna.Study:  # with all that was found so far
-    "Open the journal of a study; it is made if there is none, and nothing is written if there is one. Raises ValueError where it is that of other values."
+    """Open the journal of a study; it is made if there is none, and nothing is written if there is one. Raises ValueError where it is
+    that of other values."""
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     path = project / "paper/sweeps" / f"{study.name}.jsonl"
     path.parent.mkdir(parents=True, exist_ok=True)
     storage = JournalStorage(JournalFileBackend(str(path)))
     if new := not storage.get_all_studies(): storage.create_new_study([StudyDirection.MAXIMIZE], study.name)
     opened = optuna.load_study(study_name=study.name, storage=storage)
-    about = {"notebook": study.notebook, "fixed": study.fixed, "space": {name: distribution_to_json(choice) for name, choice in study.space.items()}}
+    about = {"notebook": study.notebook, "fixed": study.fixed,
+             "space": {name: distribution_to_json(choice) for name, choice in study.space.items()}}
     for name, value in about.items():
         if new: opened.set_user_attr(name, value)
-        elif opened.user_attrs.get(name) != value: raise ValueError(f"{path} was begun with another {name}: give the study another name, or remove the file")
-    opened.sampler = optuna.samplers.TPESampler(seed=len(opened.trials), n_startup_trials=max(2, study.trials // 3), constant_liar=workers > 1)
+        elif opened.user_attrs.get(name) != value:
+            raise ValueError(f"{path} was begun with another {name}: give the study another name, or remove the file")
+    opened.sampler = optuna.samplers.TPESampler(seed=len(opened.trials), n_startup_trials=max(2, study.trials // 3),
+                                                constant_liar=workers > 1)
     return opened
 
 # %% ../nbs/25_sweeps.ipynb #f404c5c8
@@ -131,7 +142,8 @@ def read_trials(
     journal = open_study(study, project)
     kept = journal.user_attrs
     return pd.DataFrame([{"trial": trial.number, "state": trial.state.name.lower(), "value": trial.value} | trial.params
-                         | {"other_code": other_code(kept.get(f"made {trial.number}"), project), "error": kept.get(f"error {trial.number}", "")}
+                         | {"other_code": other_code(kept.get(f"made {trial.number}"), project),
+                            "error": kept.get(f"error {trial.number}", "")}
                          for trial in journal.trials], columns=columns)
 
 # %% ../nbs/25_sweeps.ipynb #e04ff8de
@@ -159,7 +171,8 @@ def succeed(
     record: Record,  # of it
 ):
     "Keep what a trial is worth, and what made it."
-    journal.set_user_attr(f"made {number}", {"experiment": record.experiment, "key": record.key, "model": record.model, "code": record.code})
+    journal.set_user_attr(f"made {number}", {"experiment": record.experiment, "key": record.key, "model": record.model,
+                                             "code": record.code})
     journal.tell(number, record.metrics["validation"][METRIC])
 
 # %% ../nbs/25_sweeps.ipynb #73a575bc
@@ -210,7 +223,8 @@ def run_study(
             if journal.user_attrs.get("trials") != study.trials: journal.set_user_attr("trials", study.trials)
             stopped = journal.get_trials(states=(TrialState.RUNNING,))
             left = len(stopped) + max(0, study.trials - len(journal.trials))
-            for number, _, error in run_points(asked(study, journal, stopped, project), left, project, min(workers, left), executor, progress) if left else ():
+            for number, _, error in run_points(asked(study, journal, stopped, project), left, project, min(workers, left),
+                                               executor, progress) if left else ():
                 if error: fail(journal, number, error)
                 else: succeed(journal, number, record_of(point_of(study, journal.trials[number].params, project), project))
             note_winner(study, journal, project)

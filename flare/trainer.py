@@ -130,7 +130,8 @@ def match_model(
         raise ValueError("the model listens to critiques: give the trainer critiques=..." if critiques is None else
                          "the model does not listen to critiques: leave them out, or give it modalities=('text', 'critique')")
     if critiques is not None and len(critiques.of_items) != split.n_items:
-        raise ValueError(f"there are critiques of {len(critiques.of_items)} items and {split.n_items} items: give a row each, -1 where nothing fits")
+        raise ValueError(f"there are critiques of {len(critiques.of_items)} items and {split.n_items} items: "
+                         "give a row each, -1 where nothing fits")
     if text is not None and len(text) != split.n_items:
         raise ValueError(f"there are texts of {len(text)} items and {split.n_items} items: give one each, \"\" where there is none")
 
@@ -226,7 +227,8 @@ def rank(self: Trainer,
     part = Holdout(holdout.users[mine], holdout.history.take(mine), holdout.targets[mine]) if self.team.size > 1 else holdout
     asked = None if self.critiques is None else self.critiques.draw(holdout.targets, np.random.default_rng(self.config.seed))[mine]
     with put_together(self.model):
-        found = evaluate(self.model, part, self.split.n_items, self.config.max_len, self.config.row_length, critiques=asked, said=self.critiques)
+        found = evaluate(self.model, part, self.split.n_items, self.config.max_len, self.config.row_length, critiques=asked,
+                         said=self.critiques)
     for i, (rank, pessimistic) in enumerate(self.team.gather((found.rank, found.pessimistic))):
         ranks[:, i :: self.team.size] = rank, pessimistic
     return Ranks(holdout.users, *ranks)
@@ -305,7 +307,8 @@ def restore(self: Trainer):
         raise ValueError(f"{found[-1]} is a checkpoint of another run: " + "; ".join(
             f"{k} is {theirs.get(k)!r} there and {mine.get(k)!r} here" for k in differs)
             + ". Use the same values, or another folder")
-    mine, owner = dict(self.model.named_parameters()), {p: optimizer for optimizer in self.optimizers for g in optimizer.param_groups for p in g["params"]}
+    mine, owner = (dict(self.model.named_parameters()),
+                   {p: optimizer for optimizer in self.optimizers for g in optimizer.param_groups for p in g["params"]})
     for key, value in moments.items():
         name, _, moment = key.rpartition(".")
         weight, value = mine[name], value.to(mine[name].device)
@@ -375,5 +378,6 @@ def train(
     text: TokenStates | None = None,  # of the catalogue, for a model that reads it
     critiques: Critiques | None = None,  # what may be said about hidden items, for a model that listens
 ) -> TrainResult:
-    "Train a model and leave it with its best weights. Raises ValueError where model, data, texts or checkpoint do not belong together, FloatingPointError where the loss is not finite."
+    """Train a model and leave it with its best weights. Raises ValueError where model, data, texts or checkpoint do not belong
+    together, FloatingPointError where the loss is not finite."""
     return Trainer(model, split, config, folder, progress, text, critiques).fit()
