@@ -18,7 +18,8 @@ from flare.benchmark import generated_events, line_code, read_events, read_lines
 
 SMALL = ["--hidden-size", "16", "--ffn", "32", "--threads", "1", "--batch-size", "64"]
 ROOT = Path(__file__).resolve().parent.parent
-KEYS = {"epoch_s", "steps", "tokens_per_s", "fill", "masks", "batch_share", "eval_s", "peak_mb", "recall@10", "ndcg@10", "device", "precision"}
+KEYS = {"epoch_s", "steps", "tokens_per_s", "fill", "masks", "batch_share", "eval_s", "peak_mb", "recall@10", "ndcg@10", "device",
+        "precision"}
 
 
 @pytest.fixture
@@ -36,7 +37,8 @@ def test_one_line_with_everything(csv, capsys, more, steps, users):
     line = json.loads(out)
     assert error.startswith("memory: about") and error.count("\n") == 1 and out.count("\n") == 1 and KEYS <= set(line)
     assert (line["steps"], line["eval_users"], line["items"], line["epoch_steps"]) == (steps, users, 80, 4)
-    assert len(line.get("history", [])) == ("--validate" in more) and 0 < line["fill"] <= 1 and line["peak_mb"] > line["loaded_mb"] - 1 > line["base_mb"]  # the kernel counts pages in batches
+    assert len(line.get("history",
+                        [])) == ("--validate" in more) and 0 < line["fill"] <= 1 and line["peak_mb"] > line["loaded_mb"] - 1 > line["base_mb"]  # the kernel counts pages in batches
 
 
 @pytest.mark.parametrize("content, more, message", [
@@ -110,13 +112,15 @@ def test_generated_events_follow_and_are_skewed():
 
 def test_lines_are_laid_side_by_side(tmp_path):
     (tmp_path / "speed").mkdir()
-    for i, (system, model, epoch_s, eval_users) in enumerate([("recbole", "bert4rec", 60.0, 10), ("flare", "bert4rec", 1.5, 40), ("flare", "flare", 3.0, 40)]):
+    for i, (system, model, epoch_s, eval_users) in enumerate([("recbole", "bert4rec", 60.0, 10), ("flare", "bert4rec", 1.5, 40),
+                                                              ("flare", "flare", 3.0, 40)]):
         line = {"system": system, "model": model, "epoch_s": epoch_s, "eval_s": 2.0, "eval_users": eval_users, "users": 40, "items": 9, "steps": 2,
                 "epoch_steps": 2, "peak_mb": 1.0, "base_mb": 1.0, "loaded_mb": 1.0, "fill": 1.0, "batch_share": 0.1, "recall@10": 0.1, "ndcg@10": 0.1}
         question = {"part": "sides", "system": system, "shape": "small", "more": ["--model", model]}
         code = line_code(question, tmp_path.parent) | ({"flare.losses": "0"} if model == "flare" else {})  # Flare's line is of another time
         (tmp_path / f"speed/{i}.json").write_text(json.dumps(question | {"line": line, "code": code, "environment": {"device": "cpu", "commit": "0"}}))
-    (tmp_path / "speed/9.json").write_text(json.dumps({"part": "users", "system": "flare", "shape": "small", "line": line, "environment": {"device": "cpu", "commit": "0"}}))
+    (tmp_path / "speed/9.json").write_text(json.dumps({"part": "users", "system": "flare", "shape": "small", "line": line,
+                                                       "environment": {"device": "cpu", "commit": "0"}}))
     lines = read_lines(tmp_path)
     assert lines["stale"].tolist() == [False, False, True, True]  # what has no digests is not known to hold
     table = side_by_side(lines).loc["small"]
@@ -139,7 +143,8 @@ def test_a_page_with_lines_of_a_gpu(tmp_path):
     shutil.copy(ROOT / "nbs/results/figure_speed.ipynb", tmp_path / "nbs/results")
     shutil.copytree(ROOT / "paper/speed", tmp_path / "paper/speed")
     about = {"device": "NVIDIA H200", "processor": "some", "bf16": True, "commit": "0" * 40, "date": "2026-01-02T03:04:05+00:00"}
-    loss = {"part": "loss", "system": "cut", "shape": "5000 items", "masks": 4096, "size": 768, "on": "cuda", "line": {"system": "cut", "items": 5000, "seconds": 0.001, "peak_mb": 99.0}}
+    loss = {"part": "loss", "system": "cut", "shape": "5000 items", "masks": 4096, "size": 768, "on": "cuda",
+            "line": {"system": "cut", "items": 5000, "seconds": 0.001, "peak_mb": 99.0}}
     base = {"part": "gpu", "system": "flare", "shape": "clothing", "more": ["--model", "bert4rec"], "line": {
         "system": "flare", "model": "bert4rec", "items": 376843, "users": 1219592, "epoch_s": 50.0, "steps": 200, "epoch_steps": 1191, "tokens_per_s": 900000,
         "tflops": 395.6, "eval_s": 20.0, "eval_users": 1219592, "peak_mb": 20000.0, "base_mb": 200.0, "loaded_mb": 400.0}}
@@ -184,7 +189,9 @@ def test_lines_of_a_cpu_see_no_gpu_and_texts_without_room_are_left_out(tmp_path,
     def answer(call, **how):
         if "flare.benchmark" not in call: return run(call, **how)
         called.append(("flare" in call, how["env"]["CUDA_VISIBLE_DEVICES"]))
-        if "flare" in call: return SimpleNamespace(returncode=2, stdout="", stderr="flare.benchmark: this training needs about 9.0 GiB and 1.0 GiB are free\n")
+        if "flare" in call:
+            return SimpleNamespace(returncode=2, stdout="",
+                                   stderr="flare.benchmark: this training needs about 9.0 GiB and 1.0 GiB are free\n")
         return SimpleNamespace(returncode=0, stdout='{"system": "flare", "model": "bert4rec"}\n', stderr="memory: about 1 MiB\n")
     monkeypatch.setattr(subprocess, "run", answer)
     plain, with_texts = speed(parts="vocabulary", kept_in=str(tmp_path))

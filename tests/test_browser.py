@@ -13,7 +13,9 @@ from urllib.request import Request, urlopen
 import pytest
 from tornado.websocket import websocket_connect
 
-CHROMIUM = os.environ.get("FLARE_CHROMIUM") or next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+CHROMIUM = os.environ.get("FLARE_CHROMIUM") or next(filter(None,
+                                                           map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))),
+                                                    None)
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine; FLARE_CHROMIUM=/path/to/chromium")
 
 ROOT = Path(__file__).parents[1]
@@ -34,7 +36,8 @@ class Page:
 
     def __init__(self, port: int, address: str):
         self.runner, self.sent = asyncio.Runner(), 0
-        with urlopen(Request(f"http://127.0.0.1:{port}/json/new?{address}", method="PUT")) as answer: socket = json.load(answer)["webSocketDebuggerUrl"]
+        with urlopen(Request(f"http://127.0.0.1:{port}/json/new?{address}", method="PUT")) as answer:
+            socket = json.load(answer)["webSocketDebuggerUrl"]
         self.socket = self.runner.run(self.awaited(lambda: websocket_connect(socket, max_message_size=2**28)))
 
     async def awaited(self, begin):
@@ -55,7 +58,9 @@ class Page:
 
     def press(self, key: str, code: int):
         "A key down, and up again."
-        for kind in ("keyDown", "keyUp"): self.tell("Input.dispatchKeyEvent", type=kind, key=key, code=key, windowsVirtualKeyCode=code, text="\r" if key == "Enter" else "")
+        for kind in ("keyDown", "keyUp"):
+            self.tell("Input.dispatchKeyEvent", type=kind, key=key, code=key, windowsVirtualKeyCode=code,
+                      text="\r" if key == "Enter" else "")
 
     def type(self, placeholder: str, text: str):
         "Write into a field in the place of what it holds, then Enter."
@@ -76,7 +81,8 @@ class Page:
 def page(tmp_path):
     "The chapter, opened in JupyterLab, in a browser."
     shutil.copy(CHAPTER, tmp_path)
-    places = {name: str(tmp_path / name) for name in ("JUPYTER_CONFIG_DIR", "JUPYTER_DATA_DIR", "JUPYTERLAB_WORKSPACES_DIR", "JUPYTERLAB_SETTINGS_DIR")}
+    places = {name: str(tmp_path / name) for name in ("JUPYTER_CONFIG_DIR", "JUPYTER_DATA_DIR", "JUPYTERLAB_WORKSPACES_DIR",
+                                                      "JUPYTERLAB_SETTINGS_DIR")}
     settings = tmp_path / "JUPYTERLAB_SETTINGS_DIR/@jupyterlab/notebook-extension/tracker.jupyterlab-settings"
     settings.parent.mkdir(parents=True)
     settings.write_text('{"windowingMode": "none"}')  # or cells out of sight are not on the page

@@ -35,7 +35,8 @@ TEXT, STRINGS = states(ITEMS, 0), states(6, 1)
 
 def critiques(silence=0.0, masked_text="embedding"):
     "Item i can be asked for with string i % 6, or with none."
-    return Critiques(STRINGS, np.stack([np.arange(ITEMS) % 6, np.full(ITEMS, -1)], 1)[:, : 1 if silence == 0.0 else 2], silence, masked_text)
+    return Critiques(STRINGS, np.stack([np.arange(ITEMS) % 6, np.full(ITEMS, -1)], 1)[:, : 1 if silence == 0.0 else 2], silence,
+                     masked_text)
 
 
 def model(**fields):
@@ -74,7 +75,8 @@ def test_a_critique_is_heard_by_who_said_it_and_by_nobody_else(masked_text):
 def test_where_the_text_is_hidden_a_learned_token_stands_or_none():
     for masked_text, learns in (("embedding", True), ("drop", False)):
         listens = model().train()
-        batches = TrainingBatches(Sequences.from_lists([[1, 2, 3, 4, 5]] * 8), ITEMS, 8, 10, text=TEXT, critiques=critiques(masked_text=masked_text))
+        batches = TrainingBatches(Sequences.from_lists([[1, 2, 3, 4, 5]] * 8), ITEMS, 8, 10, text=TEXT,
+                                  critiques=critiques(masked_text=masked_text))
         sum(total / count for total, count in listens.loss(batches.batch(0, 0)).values()).backward()
         grad = listens.reader.types.grad
         assert grad[:2].abs().min(1)[0].max() > 0 and bool(grad[2].abs().max() > 0) is learns
@@ -100,7 +102,8 @@ def test_a_model_learns_to_listen():
     sequences = Sequences.from_lists([rng.integers(0, ITEMS, 8) for _ in range(300)])  # nothing to learn from a history
     listens = model()
     split = split_of(sequences)
-    trainer = Trainer(listens, split, TrainConfig(epochs=20, max_len=10, row_length=32, batch_size=32, learning_rate=3e-3), progress=False, text=TEXT, critiques=critiques())
+    trainer = Trainer(listens, split, TrainConfig(epochs=20, max_len=10, row_length=32, batch_size=32, learning_rate=3e-3),
+                      progress=False, text=TEXT, critiques=critiques())
     trainer.fit()
     deaf = evaluate(listens, split.test, ITEMS, 10, 32).metrics()["recall@10"]
     heard = evaluate(listens, split.test, ITEMS, 10, 32, critiques=split.test.targets % 6, said=critiques()).metrics()["recall@10"]
@@ -111,8 +114,10 @@ def test_what_does_not_fit_is_refused():
     split = split_of(Sequences.from_lists([[1, 2, 3, 4]] * 4))
     config = TrainConfig(max_len=10, row_length=32)
     with pytest.raises(ValueError, match="the model listens to critiques"): Trainer(model(), split, config, text=TEXT)
-    with pytest.raises(ValueError, match="does not listen"): Trainer(model(modalities=("text",)), split, config, text=TEXT, critiques=critiques())
-    with pytest.raises(ValueError, match="critiques of 3 items and 40 items"): Trainer(model(), split, config, text=TEXT, critiques=Critiques(STRINGS, np.zeros((3, 1), int)))
+    with pytest.raises(ValueError, match="does not listen"):
+        Trainer(model(modalities=("text",)), split, config, text=TEXT, critiques=critiques())
+    with pytest.raises(ValueError, match="critiques of 3 items and 40 items"):
+        Trainer(model(), split, config, text=TEXT, critiques=Critiques(STRINGS, np.zeros((3, 1), int)))
     with pytest.raises(ValueError, match="give collate the texts"):
         collate(np.array([1, 2]), np.array([2]), np.array([False, True]), ITEMS, 8, critiques=np.array([0, 1]), said=critiques())
     for strength in (float("nan"), 1e9, float("inf")):
@@ -166,7 +171,8 @@ def test_cat_ndcg_is_its_formula(paths, random):
     for row, (user, value) in enumerate(zip(users, found)):
         gains = (codes[top[row]] == codes[user]).__and__(codes[user] >= 0).sum(1)
         best = top[row][np.argsort(-gains, kind="stable")]  # improving swaps
-        equals = np.concatenate([random.sample(list(best[gains[np.argsort(-gains, kind="stable")] == g]), int((gains == g).sum())) for g in sorted(set(gains), reverse=True)])
+        equals = np.concatenate([random.sample(list(best[gains[np.argsort(-gains, kind="stable")] == g]),
+                                               int((gains == g).sum())) for g in sorted(set(gains), reverse=True)])
         better, same = (float(cat_ndcg(np.array([items]), codes[[user]], codes)[0]) for items in (best, equals))
         assert better >= value - 1e-12 and abs(better - same) < 1e-12
 
@@ -200,7 +206,8 @@ def test_a_mutation_keeps_what_is_above_and_changes_the_level(paths, level, leas
     if not items.has_category.any(): return
     categories = Categories.of(items)
     of_items = categories.of_items
-    assert [bool(path) for path in paths] == (of_items >= 0).tolist() and np.bincount(of_items[of_items >= 0]).tolist() == categories.sizes.tolist()
+    assert [bool(path)
+            for path in paths] == (of_items >= 0).tolist() and np.bincount(of_items[of_items >= 0]).tolist() == categories.sizes.tolist()
     assert categories.spread(["".join(path) for path in categories.paths]) == ["".join(path[:DEPTH]) for path in paths]
     changed = mutate(of_items, categories, level, np.random.default_rng(0), least)
     full = [tuple(path[:DEPTH]) for path in paths]

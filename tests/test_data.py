@@ -412,7 +412,8 @@ def test_large_sets_are_joined(tmp_path):
 @pytest.mark.parametrize("seq, titles, message", [
     ("u\t5 6\t1 2\nv\t5 7\t1 2\n", "5\tV\n6\tVI\n", r"s.seq.tsv.gz, row 2: item 7 is not in s.titles.tsv.gz"),
     ("u\t5 6\t1 2\nv\t5 x\t1 2\n", "5\tV\n6\tVI\n", r"s.seq.tsv.gz, row 2: '5 x' is not a list of numbers"),
-    ("u\t5 6\t1 2\nv\t5\t1234567890123456789\n", "5\tV\n6\tVI\n", r"s.seq.tsv.gz, row 2: '1234567890123456789' is not a list of numbers of at most 18 digits"),
+    ("u\t5 6\t1 2\nv\t5\t1234567890123456789\n", "5\tV\n6\tVI\n",
+     r"s.seq.tsv.gz, row 2: '1234567890123456789' is not a list of numbers of at most 18 digits"),
     ("u\t5 6\t1 2\nv\t\t\n", "5\tV\n6\tVI\n", r"s.seq.tsv.gz, row 2: '' is not a list of numbers"),
     ("u\t5 6\t1 2\nv\t5\t1 2\n", "5\tV\n6\tVI\n", r"s.seq.tsv.gz, row 2: '1 2' are not as many times as items"),
     ("u\t5 6\t1 2\nu\t5\t1\n", "5\tV\n6\tVI\n", r"s.seq.tsv.gz, row 2: user 'u' stands in an earlier row"),

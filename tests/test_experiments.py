@@ -33,7 +33,8 @@ from shop import HOME, write_project, write_shop
 from tiny_encoder import write_encoder
 
 SMALL = {"hidden_size": 16, "heads": 2, "ffn_size": 32, "layers": 1, "batch_size": 8}
-EVERY = {name: list(default) if isinstance(default, tuple) else default for model in MODELS for name, default in parameters_of(model).items()}
+EVERY = {name: list(default) if isinstance(default, tuple) else default for model in MODELS
+         for name, default in parameters_of(model).items()}
 NOTEBOOKS = HOME / "nbs/experiments"
 
 
@@ -221,8 +222,11 @@ def test_threads_parse_one_after_the_other(monkeypatch):
 def test_a_renewed_record_has_what_the_new_code_keeps_beside_it(shop, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)  # where `shop` is the name of a folder, as in the record
     root = tmp_path / "paper"
-    made = [run("tests", "bert4rec", "shop", seed, parameters=SMALL | {"epochs": epochs}, root=root, progress=False) for seed, epochs in ((0, 2), (1, 2))]
-    for record in made: write_text(record.path(root), replace(record, code={"flare.models": "an older one"}, cost={"train_seconds": -1.0}, environment={"date": "then"}).to_json())
+    made = [run("tests", "bert4rec", "shop", seed, parameters=SMALL | {"epochs": epochs}, root=root, progress=False)
+            for seed, epochs in ((0, 2), (1, 2))]
+    for record in made:
+        write_text(record.path(root), replace(record, code={"flare.models": "an older one"}, cost={"train_seconds": -1.0},
+                                              environment={"date": "then"}).to_json())
     witness, other = (record.path(root) for record in made)
     kept = [path.with_suffix(".history.parquet") for path in (witness, other)]
     curve = pd.read_parquet(kept[0])
@@ -294,7 +298,8 @@ def test_bad_input_leaves_nothing(shop, tmp_path):
 
 def test_flare_reads_the_texts_of_a_shop(shop, tmp_path, monkeypatch):
     monkeypatch.setenv("FLARE_CACHE", str(tmp_path / "cache"))
-    parameters = SMALL | {"encoder": str(write_encoder(tmp_path / "encoder")), "latents": 2, "perceiver_size": 8, "perceiver_heads": 2, "epochs": 2}
+    parameters = SMALL | {"encoder": str(write_encoder(tmp_path / "encoder")), "latents": 2, "perceiver_size": 8,
+                          "perceiver_heads": 2, "epochs": 2}
     record = run("tests", "flare", str(shop), parameters=parameters, root=tmp_path / "paper", progress=False)
     assert record.config["encoder"] == parameters["encoder"] and record.config["alpha"] == parameters_of("flare")["alpha"]
     assert {"flare.text", "flare.perceiver", "flare.models"} <= set(record.code) and list((tmp_path / "cache/text").glob("*/states.f16"))
@@ -362,7 +367,8 @@ def test_numbers_as_people_write_them():
 
 
 def test_a_point_is_answered_by_its_seeds_and_named_by_what_it_changes(shop, tmp_path):
-    root, points = tmp_path / "paper", [{"model": "lir", "dataset": str(shop), "k1": k1, "seed": seed} for k1 in (1.5, 3) for seed in (1, 0)]
+    root, points = tmp_path / "paper", [{"model": "lir", "dataset": str(shop), "k1": k1, "seed": seed} for k1 in (1.5, 3)
+                                        for seed in (1, 0)]
     for point in points: run("tests", "lir", point["dataset"], point["seed"], parameters={"k1": point["k1"]}, root=root, progress=False)
     run("tests", "lir", str(shop), split="unseen_users", root=root, progress=False)
     records = read_records("tests", root)
@@ -386,7 +392,8 @@ def test_what_is_stale_is_compared_with_what_is_stale():
     now, older = pd.DataFrame({"stale": [False, False]}), pd.DataFrame({"stale": [True]})
     assert of_its_time(now, now, older) is now and of_its_time(pd.concat([now, older]), now, older) is older
     assert of_its_time(older, now, older[:0]).empty and of_its_time(now[:0], now, older) is now
-    assert [verdict(*interval) for interval in ((0.1, 0.2), (-0.2, -0.1), (-0.1, 0.1), (float("nan"), float("nan")))] == ["ahead", "behind", "no difference", "—"]
+    assert [verdict(*interval) for interval in ((0.1, 0.2), (-0.2, -0.1), (-0.1, 0.1),
+                                                (float("nan"), float("nan")))] == ["ahead", "behind", "no difference", "—"]
 
 
 def test_without_repeats_it_is_another_split(tmp_path):
@@ -395,7 +402,8 @@ def test_without_repeats_it_is_another_split(tmp_path):
     rows = [(f"u{u}", item, t) for u in range(12) for t, item in enumerate(["a", "a", "b", "c", "c", "d" if u % 2 else "e", "e"])]
     pd.DataFrame(rows, columns=["user", "item", "timestamp"]).to_csv(folder / "interactions.csv", index=False)
     pd.DataFrame({"item": list("abcde"), "title": list("abcde")}).to_csv(folder / "items.csv", index=False)
-    with_repeats, without = (run("tests", "repeat_last", str(folder), split=split, root=tmp_path / "paper", progress=False) for split in ("leave_one_out", "norepeat"))
+    with_repeats, without = (run("tests", "repeat_last", str(folder), split=split, root=tmp_path / "paper", progress=False)
+                             for split in ("leave_one_out", "norepeat"))
     assert with_repeats.metrics["test"]["recall@1"] == 0.5 > without.metrics["test"]["recall@1"] == 0
     assert with_repeats.key != without.key and without.dataset["split"] == "norepeat"
 
@@ -486,9 +494,11 @@ def test_a_stale_record_that_is_not_replaced_is_caught(project):
     path = project / "nbs/experiments/benchmark.ipynb"
     content = json.loads(path.read_text())
     for cell in content["cells"]:
-        if cell["cell_type"] == "code" and not cell["metadata"].get("tags"): cell["source"] = "dict(model=model)"  # which is all that it does
+        if cell["cell_type"] == "code" and not cell["metadata"].get("tags"):
+            cell["source"] = "dict(model=model)"  # which is all that it does
     path.write_text(json.dumps(content))
-    outcome = run_grid(Grid("benchmark", {"dataset": str(project / "shop")}, [{"model": "popularity"}]), project=project, progress=False, stale=True)
+    outcome = run_grid(Grid("benchmark", {"dataset": str(project / "shop")}, [{"model": "popularity"}]), project=project,
+                       progress=False, stale=True)
     assert outcome["state"][0] == "failed" and "does it pass all its parameters on" in outcome["note"][0]
 
 
@@ -527,9 +537,12 @@ def test_each_place_has_a_gpu_of_its_own(project, monkeypatch):
 def test_dask_runs_a_grid(project, monkeypatch):
     distributed = pytest.importorskip("distributed")
     shop = Grid("benchmark", {"dataset": str(project / "shop")}, [{"model": ["popularity", "repeat_last"]}])
-    with distributed.LocalCluster(n_workers=2, threads_per_worker=1, processes=False, dashboard_address=None, local_directory=str(project)) as cluster, cluster.get_client() as client:
+    with distributed.LocalCluster(n_workers=2, threads_per_worker=1, processes=False, dashboard_address=None,
+                                  local_directory=str(project)) as cluster, cluster.get_client() as client:
         executor, ran = client.get_executor(), []
-        monkeypatch.setattr(executor, "submit", lambda function, *arguments, submit=executor.submit: ran.append(submit(function, *arguments)) or ran[-1])
+        monkeypatch.setattr(executor, "submit",
+                            lambda function, *arguments, submit=executor.submit: ran.append(submit(function, *arguments))
+                            or ran[-1])
         done = run_grid(shop, workers=2, executor=executor, project=project, progress=False)
         assert len(client.run(os.getpid)) == len(ran) == 2 and all(future.result()[1] == "" for future in ran)  # each point went to the cluster
     assert list(done["state"]) == ["done"] * 2, list(done["note"])
@@ -560,13 +573,17 @@ class Screen(StringIO):
 
 
 def test_a_board_is_drawn_in_its_place(project, monkeypatch):
-    shop, screen, seen = Grid("benchmark", {"dataset": str(project / "shop")}, [{"model": "popularity", "seed": list(range(12))}]), Screen(), []
+    shop, screen, seen = Grid("benchmark", {"dataset": str(project / "shop")},
+                              [{"model": "popularity", "seed": list(range(12))}]), Screen(), []
     monkeypatch.setenv("COLUMNS", "100"), monkeypatch.setenv("LINES", "30"), monkeypatch.setattr(sys, "stderr", screen)
-    monkeypatch.setattr(grid, "execute", lambda point, *_: seen.append(screen.seen()) or (61.0, "it broke" if point.values["seed"] == 3 else ""))
+    monkeypatch.setattr(grid, "execute", lambda point, *_: seen.append(screen.seen())
+                        or (61.0, "it broke" if point.values["seed"] == 3 else ""))
     run_grid(shop, executor=here([]), project=project)
-    assert [next((line for line in lines if "of 12 runs" in line), "") for lines in seen][0] == "" and all(len(lines) <= 9 for lines in seen)
+    assert [next((line for line in lines if "of 12 runs" in line), "")
+            for lines in seen][0] == "" and all(len(lines) <= 9 for lines in seen)
     last = screen.seen()
-    assert last[0].split() == ["model", "dataset", "seed", "state", "time", "left"] and len(last) == 8 and last[-1].startswith("12 of 12 runs, 1 failed, 00:0")
+    assert last[0].split() == ["model", "dataset", "seed", "state", "time",
+                               "left"] and len(last) == 8 and last[-1].startswith("12 of 12 runs, 1 failed, 00:0")
     assert [line.split()[2:5] for line in last[1:-1]] == [[str(seed), "done", "01:01"] for seed in range(6, 12)]
     assert sum("of 12 runs" in line for line in last) == 1
     monkeypatch.setattr(sys, "stderr", log := StringIO())
@@ -628,8 +645,10 @@ def test_every_grid_can_be_run(file, monkeypatch):
 
 def test_the_large_catalogue_is_asked_for_in_the_three_sizes_of_the_paper():
     points = [p for name in ("large", "large_gpu") for p in Grid.read(NOTEBOOKS / f"{name}.yml").expand()]
-    sizes = {(p["model"], *(asked_of(p)[1][name] for name in ("layers", "heads", "hidden_size", "ffn_size"))) for p in points if p["model"] in ("bert4rec", "flare")}
-    assert {(model, *size) for model in ("bert4rec", "flare") for size in ((2, 2, 64, 256), (8, 16, 768, 3072), (32, 32, 768, 3072))} <= sizes
+    sizes = {(p["model"], *(asked_of(p)[1][name] for name in ("layers", "heads", "hidden_size", "ffn_size")))
+             for p in points if p["model"] in ("bert4rec", "flare")}
+    assert {(model, *size) for model in ("bert4rec", "flare")
+            for size in ((2, 2, 64, 256), (8, 16, 768, 3072), (32, 32, 768, 3072))} <= sizes
     assert {"popularity", "repeat_last", "lir"} <= {p["model"] for p in points}
     assert any(p.get("encoder") == "google/mt5-base" for p in Grid.read(NOTEBOOKS / "ablations.yml").expand())
 

@@ -113,7 +113,8 @@ def test_bad_input_is_refused(model, holdout):
 @pytest.mark.parametrize("model", ["flare_fused", "bert4rec_fused"])
 def test_a_run_is_trained_as_the_model_it_is_named_after(model, tmp_path):
     project = write_project(tmp_path / "project")
-    small = dict(hidden_size=16, heads=2, ffn_size=32, layers=1, max_len=10, epochs=1, perceiver_size=16, perceiver_heads=2, perceiver_layers=1, latents=1)
+    small = dict(hidden_size=16, heads=2, ffn_size=32, layers=1, max_len=10, epochs=1, perceiver_size=16, perceiver_heads=2,
+                 perceiver_layers=1, latents=1)
     root = project / "paper"
     record = run("fusion", model, str(project / "shop"), parameters=small, root=root, progress=False)
     plain = run("fusion", TAUGHT[model], str(project / "shop"), parameters=small, root=root, progress=False)

@@ -37,7 +37,8 @@ def shop(tmp_path_factory):
     catalogue = Catalogue(pd.DataFrame({"item": map(str, range(ITEMS)), "title": [f"{'blue' if i % 3 else 'red'} thing {i}" for i in range(ITEMS)],
                                         "brand": ["acme" if i % 5 else "" for i in range(ITEMS)], "category": paths}))
     rng = np.random.default_rng(0)
-    dataset = Dataset("made", catalogue, Sequences.from_lists([rng.permutation(ITEMS)[:6] for _ in range(90)]), np.arange(90).astype(str), {})
+    dataset = Dataset("made", catalogue, Sequences.from_lists([rng.permutation(ITEMS)[:6] for _ in range(90)]),
+                      np.arange(90).astype(str), {})
     text = token_states(item_texts(catalogue), encoder, folder=tmp_path_factory.mktemp("store"), progress=False)
     torch.manual_seed(0)
     model = FlareModel(FlareConfig(n_items=ITEMS, max_len=10, hidden_size=16, heads=2, ffn_size=32, layers=1, text_width=text.width, modalities=("text",),
@@ -66,7 +67,9 @@ def test_strings_are_read_as_texts_are(shop):
     texts = item_texts(dataset.catalogue)
     read, meant = read_strings(model, texts + ["", "  "], encoder, block=7)
     torch.testing.assert_close(read[:ITEMS], model.context_table.rows, atol=2e-2, rtol=0)  # bfloat16 in batches of other lengths
-    for i in (0, 7): torch.testing.assert_close(meant[i], F.normalize(encoder.states(encoder.tokens([texts[i]])).float().mean(0), dim=0), atol=2e-2, rtol=0)
+    for i in (0, 7):
+        torch.testing.assert_close(meant[i], F.normalize(encoder.states(encoder.tokens([texts[i]])).float().mean(0), dim=0),
+                                   atol=2e-2, rtol=0)
     assert (read[ITEMS:] == 0).all() and (meant[ITEMS:] == 0).all()
 
 
@@ -109,13 +112,15 @@ def test_listening_is_the_silent_model_and_a_likelihood(shop, listener):
 
 def test_the_catalogues_own_words_are_known(shop, listener):
     _, model, encoder = shop
-    said = {"office - room1 - printers": lambda i: i % 4 == 1, "acme": lambda i: i % 5, "printers": lambda i: i % 4 == 1, "office": lambda i: True, "room0": lambda i: i % 2 == 0}
+    said = {"office - room1 - printers": lambda i: i % 4 == 1, "acme": lambda i: i % 5, "printers": lambda i: i % 4 == 1,
+            "office": lambda i: True, "room0": lambda i: i % 2 == 0}
     _, wishes = hear(model, listener, [*said, "offices"], encoder)
     assert (wishes.known >= 0).tolist() == [True] * 5 + [False]
     assert hear(model, listener, ["PRINTERS"], encoder)[1].known[0] == wishes.known[2]
     each, everything = torch.arange(6), slice(0, ITEMS)
     with torch.no_grad():
-        likely, contrary = (listener.likelihood(some, each, everything) for some in (wishes, wishes._replace(vectors=-wishes.vectors)))  # all others are nearer to this than those that fit
+        likely, contrary = (listener.likelihood(some, each, everything)
+                            for some in (wishes, wishes._replace(vectors=-wishes.vectors)))  # all others are nearer to this than those that fit
     for row, other, (words, fit) in zip(likely, contrary, said.items()):
         fits = np.array([bool(fit(i)) and (words == "acme" or i < ITEMS - 2) for i in range(ITEMS)])
         assert row[fits].unique().numel() == 1 and row[fits][0] > np.log(0.009)  # all alike
@@ -141,10 +146,12 @@ def test_what_an_item_is_called_in_several_ways_is_said_of_it_more_often(shop, l
 def test_names_are_compared_by_the_cosine_however_few_items_are_asked_for(shop, listener):
     dataset, model, encoder = shop
     _, meant = read_strings(model, ["printer", "a red pen"], encoder)
-    for way, name in (("path", lambda row: " - ".join(row.category)), ("last level", lambda row: row.category[-1] if row.category else ""), ("title", lambda row: row.title)):
+    for way, name in (("path", lambda row: " - ".join(row.category)),
+                      ("last level", lambda row: row.category[-1] if row.category else ""), ("title", lambda row: row.title)):
         _, names = read_strings(model, [name(row) for row in dataset.catalogue.table.itertuples()], encoder)
         torch.testing.assert_close(listener.names[way].alike(meant, slice(0, ITEMS)), meant @ names.T, atol=2e-2, rtol=0)
-        for part in (slice(0, 2), slice(ITEMS - 3, ITEMS)): torch.testing.assert_close(listener.names[way].alike(meant, part), listener.names[way].alike(meant, slice(0, ITEMS))[:, part])
+        for part in (slice(0, 2), slice(ITEMS - 3, ITEMS)):
+            torch.testing.assert_close(listener.names[way].alike(meant, part), listener.names[way].alike(meant, slice(0, ITEMS))[:, part])
     assert (listener.names["path"].alike(meant, slice(ITEMS - 2, ITEMS)) == 0).all()  # they have no category
 
 
@@ -174,7 +181,8 @@ def test_speakers_are_fitted_to_what_validation_users_bear_out(shop, listener):
     def unlikely() -> float:
         with torch.no_grad():
             scores = [(Listening(model, hasty, wishes).scorer(made)(slice(0, ITEMS)), made.targets) for wishes, made in spoken]
-            return sum(F.cross_entropy(*some).item() for some in scores) / 2 + hasty.speakers.unlike_before().item() / sum(len(targets) for _, targets in scores)
+            return sum(F.cross_entropy(*some).item()
+                       for some in scores) / 2 + hasty.speakers.unlike_before().item() / sum(len(targets) for _, targets in scores)
     best = unlikely()
     for parameter in hasty.speakers.parameters():
         for index in range(parameter.numel()):
@@ -197,12 +205,14 @@ def test_a_model_thinks_once_of_the_same_histories(shop, listener):
     asked, wishes = hear(model, listener, ["pens", "", "red"], encoder)
     with torch.no_grad():
         for strength in (1.0, 2.0):
-            torch.testing.assert_close(Listening(once, listener, wishes, strength).scorer(batch(asked))(everything), Listening(model, listener, wishes, strength).scorer(batch(asked))(everything))
+            torch.testing.assert_close(Listening(once, listener, wishes, strength).scorer(batch(asked))(everything),
+                                       Listening(model, listener, wishes, strength).scorer(batch(asked))(everything))
         assert Counting.asked == 1
         torch.testing.assert_close(once.scorer(batch([-1, -1]))(everything), model.scorer(batch([-1, -1]))(everything))
         once.scorer(batch([-1])), once.scorer(silenced(batch(asked)))
         assert Counting.asked == 4 and len(once.kept) == 2  # the oldest was forgotten
-        for made in (batch([0]), batch([-1]), *[replace(batch([-1]), states=torch.full((1, 2), float(what))) for what in (0, 0, 1)]): once.scorer(made)
+        for made in (batch([0]), batch([-1]), *[replace(batch([-1]), states=torch.full((1, 2), float(what))) for what in (0, 0, 1)]):
+            once.scorer(made)
     assert Counting.asked == 8  # what is asked for counts, and so does what there is to read
 
 
@@ -214,7 +224,9 @@ def test_two_wishes_add_up_for_who_has_both(shop, listener):
     made, everything = batch(asked), slice(0, ITEMS)
     with torch.no_grad():
         silent, both = model.scorer(silenced(made))(everything), Listening(model, listener, wishes, 1.5).scorer(made)(everything)
-        alone = [Listening(model, listener, one[1], 1.5).scorer(batch(one[0]))(everything) - model.scorer(silenced(batch(one[0])))(everything) for one in (first, second)]
+        alone = [Listening(model, listener, one[1],
+                           1.5).scorer(batch(one[0]))(everything) - model.scorer(silenced(batch(one[0])))(everything)
+                 for one in (first, second)]
     torch.testing.assert_close(both - silent, alone[0] + alone[1], atol=1e-4, rtol=1e-4)
     assert (alone[0][0] != 0).any() and (alone[1][0] != 0).any() and (alone[0][1] == 0).all()
 
@@ -243,7 +255,8 @@ def test_what_cannot_be_is_refused(shop, listener):
     _, wishes = hear(model, listener, ["red"], encoder)
     for strength in (float("nan"), float("inf"), 1e9):
         with pytest.raises(ValueError, match="give a number between -100 and 100"): Listening(model, listener, wishes, strength)
-    with pytest.raises(ValueError, match="the model reads no texts"): teach(FlareModel(FlareConfig(n_items=ITEMS)), dataset.catalogue, encoder)
+    with pytest.raises(ValueError, match="the model reads no texts"):
+        teach(FlareModel(FlareConfig(n_items=ITEMS)), dataset.catalogue, encoder)
     with pytest.raises(ValueError, match="no form of critique louder"): ListenConfig(listener_forms=("louder",))
     with pytest.raises(ValueError, match="listener_steps is 0"): ListenConfig(listener_steps=0)
     with pytest.raises(ValueError, match="listener_slips is 0"): ListenConfig(listener_slips=0)
@@ -296,7 +309,8 @@ def test_the_hearing_test_counts_as_by_hand(shop, listener):
     assert by_words == {name: found.results["precise|filter, silent"][name] for name in by_words}
     found.choose("words")
     asked, wishes = hear(model, listener, [FORMS["words"](dataset.catalogue, 0)[target] for target in found.validation.targets], encoder)
-    worth = {s: evaluate(Listening(model, listener, wishes, s), found.validation, ITEMS, 50, critiques=asked).metrics()["ndcg@10_pessimistic"] for s in STRENGTHS}
+    worth = {s: evaluate(Listening(model, listener, wishes, s), found.validation, ITEMS, 50,
+                         critiques=asked).metrics()["ndcg@10_pessimistic"] for s in STRENGTHS}
     assert min(worth.values()) < worth[found.results["words|chosen on validation"]["strength"]] == pytest.approx(max(worth.values()))
     assert found.results["precise|chosen on validation"]["strength"] == 1  # all are equal for words that are known
     kept = pd.read_parquet(BytesIO(found.to_parquet()))
@@ -329,13 +343,15 @@ def test_lists_to_be_read_are_those_of_the_model(shop, listener):
         said = {kind: part["said"].iloc[0] for kind, part in of.items()}
         assert said["what comes next"] == own[split.test.targets[user]] not in own[history]
         assert said["not in the history"] in ({*own} - {*own[history], said["what comes next"], ""} or {said["in the history"]})
-        assert said["in the history"] == [path for path in own[history] if path][-1] and said["broadened"] == said["in the history"].rsplit(" - ", 1)[0]
+        assert said["in the history"] == [path for path in own[history]
+                                          if path][-1] and said["broadened"] == said["in the history"].rsplit(" - ", 1)[0]
         at, asked, _ = voice([said["broadened"]])
         part = type(split.test)(split.test.users[[user]], split.test.history.take(np.array([user])), split.test.targets[[user]])
         assert of["broadened"]["title"].tolist() == titles[evaluate(at(1.0), part, ITEMS, 50, top=5, critiques=asked).top[0]].tolist()
         assert of["nothing"]["title"].tolist() == titles[evaluate(model, part, ITEMS, 50, top=5).top[0]].tolist()
     assert found["user"].nunique() == 3 and set(traces(model, None, dataset, split)["kind"]) == {"history", "next", "nothing"}
-    assert len(traces(model, voice, replace(dataset, catalogue=Catalogue(dataset.catalogue.table.assign(category=[()] * ITEMS))), split)) == 0
+    assert len(traces(model, voice, replace(dataset, catalogue=Catalogue(dataset.catalogue.table.assign(category=[()] * ITEMS))),
+                      split)) == 0
 
 
 def test_who_hears_can_be_told_nothing(shop):
@@ -377,12 +393,14 @@ def test_a_model_that_is_told_things_has_a_record(folder, tmp_path, model):
     small = dict(hidden_size=16, heads=2, ffn_size=32, layers=1, perceiver_size=32, perceiver_heads=2, perceiver_layers=1, epochs=1, evaluate_every=1,
                  encoder=str(write_encoder(tmp_path / "encoder", words=WORDS)), listener_steps=5, listener_sayings=20, listener_width=16)
     record = run("told", model, str(folder), parameters=small, root=tmp_path / "paper", progress=False)
-    assert read_beside("told", "traces", tmp_path / "paper")[["model", "dataset", "seed"]].drop_duplicates().values.tolist() == [[model, "shop", 0]]
+    assert read_beside("told", "traces", tmp_path / "paper")[["model", "dataset",
+                                                              "seed"]].drop_duplicates().values.tolist() == [[model, "shop", 0]]
     history = read_beside("told", "history", tmp_path / "paper")
     assert history["epoch"].tolist() == [1] and history["ndcg@10_pessimistic"].notna().all() and (history["loss"] > 0).all()
     path = record.path(tmp_path / "paper")
     assert read_record(path) == record and staleness(record) == "" and path.with_suffix(".heard.parquet").exists()
     assert record.metrics["precise|listens 1"]["users"] == 30 and record.metrics["precise|chosen on validation"]["strength"] > 0
-    assert {"flare.hearing", "flare.listening", "flare.critiquing"} <= set(code_digest(model)) and "flare.hearing" not in code_digest("flare")
+    assert {"flare.hearing", "flare.listening",
+            "flare.critiquing"} <= set(code_digest(model)) and "flare.hearing" not in code_digest("flare")
     assert record.metrics["listener"]["category: path"] > 0 if model == "flare_listens" else "listener" not in record.metrics
     assert ("listener_steps" in record.parameters) == (model == "flare_listens") and "teach_seconds" in record.cost

@@ -91,21 +91,26 @@ def pretend_kernel(e, c, targets, reduction, filter_eps, accum_e_fp32, accum_c_f
 @pytest.mark.parametrize("biased", [True, False])
 def test_what_a_kernel_for_one_table_is_given_is_the_same_loss(tables, biased):
     given = problem(40, 900, tables, biased)
-    cut = run(given, loss=lambda pairs, targets, bias: (cut_cross_entropy(pairs, targets, bias, torch.bfloat16, pretend_kernel), len(targets)))
-    for a, b, c in zip(run(given), run(given, autocast=True), cut): assert (c - a).norm() / a.norm() < max(2 * (b - a).norm() / a.norm(), 1e-2)
+    cut = run(given, loss=lambda pairs, targets, bias: (cut_cross_entropy(pairs, targets, bias, torch.bfloat16, pretend_kernel),
+                                                        len(targets)))
+    for a, b, c in zip(run(given), run(given, autocast=True), cut):
+        assert (c - a).norm() / a.norm() < max(2 * (b - a).norm() / a.norm(), 1e-2)
 
 
-@pytest.mark.parametrize("takes", ["e, c, targets, reduction, filter_eps", "e, c, targets, reduction, filter_eps, accum_e_fp32=False, accum_c_fp32=False"])
+@pytest.mark.parametrize("takes", ["e, c, targets, reduction, filter_eps",
+                                   "e, c, targets, reduction, filter_eps, accum_e_fp32=False, accum_c_fp32=False"])
 def test_a_release_that_cannot_add_up_in_float32_is_passed_over(monkeypatch, takes):
     release = SimpleNamespace(linear_cross_entropy=eval(f"lambda {takes}: None"))
     monkeypatch.setitem(sys.modules, "cut_cross_entropy", release)
     assert cut_kernel.__wrapped__() is (release.linear_cross_entropy if "accum" in takes else None)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available() or cut_kernel() is None, reason="needs a GPU and cut-cross-entropy that adds up in float32")
+@pytest.mark.skipif(not torch.cuda.is_available() or cut_kernel() is None,
+                    reason="needs a GPU and cut-cross-entropy that adds up in float32")
 def test_the_kernel_of_a_gpu_is_the_plain_loss():
     pairs, targets, bias = problem(400, 300_000, (64, 32), True)
-    pairs, targets, bias = [tuple(x.detach().cuda().requires_grad_() for x in pair) for pair in pairs], targets.cuda(), bias.detach().cuda().requires_grad_()
+    pairs, targets, bias = [tuple(x.detach().cuda().requires_grad_() for x in pair)
+                            for pair in pairs], targets.cuda(), bias.detach().cuda().requires_grad_()
     found = []
     for how, half in (({}, True), ({"chunk_size": 4096}, False)):  # the kernel, and our walk in float32
         for x in (bias, *pairs[0], *pairs[1]): x.grad = None

@@ -54,7 +54,8 @@ def test_gaps_are_between_neighbours_that_are_both_seen(lengths, seed):
     rng = np.random.default_rng(seed)
     times = np.concatenate([np.sort(rng.integers(0, 10**9, n)) for n in lengths])
     hidden = cloze_mask(lengths, 0.3, rng.random(len(lengths)) < 0.3, rng)
-    made = [collate(rng.integers(0, 50, lengths.sum()), lengths, hidden, 50, 40, times=when) for when in (times, np.where(hidden, 5, times), None)]
+    made = [collate(rng.integers(0, 50, lengths.sum()), lengths, hidden, 50, 40, times=when)
+            for when in (times, np.where(hidden, 5, times), None)]
     assert made[2].gaps is None and made[0].gaps.equal(made[1].gaps)  # the time of what is hidden is not told
     expected = []
     for first, n in zip(np.cumsum(lengths) - lengths, lengths):
@@ -70,7 +71,8 @@ def test_times_travel_with_training_and_evaluation_batches():
     timed = Sequences(history.items, history.offsets, np.concatenate(times))
     (batch,) = evaluation_batches(timed, np.array([8, 9]), 10, max_len=3)
     assert sorted(batch.gaps[batch.gaps >= 0].tolist()) == [1, 10, 60]  # the first user's oldest item fell off
-    seen = [gap for epoch in range(30) for gap in TrainingBatches(timed, 10, 2, 8, last_mask_share=1.0).batch(epoch, 0).gaps.flatten().tolist()]
+    seen = [gap for epoch in range(30)
+            for gap in TrainingBatches(timed, 10, 2, 8, last_mask_share=1.0).batch(epoch, 0).gaps.flatten().tolist()]
     assert {*seen} == {-1, 2, 10}  # the last item of each is hidden
     assert TrainingBatches(history, 10, 2, 8).batch(0, 0).gaps is None
 
@@ -105,5 +107,6 @@ def test_a_share_of_the_contexts_is_read_and_the_masks_stay():
     whole, part, again = (TrainingBatches(sequences, 900, 100, 8, text=text, read_share=share).batch(1, 2) for share in (1.0, 0.25, 0.25))
     assert torch.equal(whole.read, torch.arange(len(whole.contexts))) and len(whole.states) == int(whole.counts.sum())
     assert abs(len(part.read) / len(part.contexts) - 0.25) < 0.08 and torch.equal(part.read, again.read)
-    assert part.counts[:, 0].tolist() == [2 * (item < 900) for item in part.contexts[part.read, 0]] and len(part.states) == int(part.counts.sum())
+    assert part.counts[:, 0].tolist() == [2 * (item < 900)
+                                          for item in part.contexts[part.read, 0]] and len(part.states) == int(part.counts.sum())
     assert torch.equal(part.masked, whole.masked) and torch.equal(part.targets, whole.targets)

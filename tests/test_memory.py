@@ -26,7 +26,8 @@ def trains(model: str, out: Path):
     "A few steps and an evaluation; what was planned for them, and what they took."
     items, text = 60_000, random_states("random:32:4", 60_000) if model == "flare" else None
     events = generated_events(9_000, items).astype({"user": str, "item": str})
-    split = leave_one_out(to_events(Path("x"), "x", events, to_catalogue(pd.DataFrame({"item": pd.unique(events["item"]), "title": ""})), {}))
+    split = leave_one_out(to_events(Path("x"), "x", events,
+                                    to_catalogue(pd.DataFrame({"item": pd.unique(events["item"]), "title": ""})), {}))
     reading = dict(modalities=("text",), text_width=32, perceiver_size=32, latents=2) if text else {}
     config = FlareConfig(n_items=items, hidden_size=128, heads=2, ffn_size=256, **reading)
     training = TrainConfig(epochs=1, batch_size=64, precision="fp32")
@@ -59,10 +60,12 @@ def test_texts_and_steps_are_in_the_plan():
     plain, wide = (plan_memory(config, TrainConfig(batch_size=size)) for size in (64, 640))
     heard = plan_memory(reading, TrainConfig(batch_size=64), strings=20_000, compared=512)
     size = FlareModel(reading).reader.size
-    assert heard.parts["learning to listen"] == 4 * (size * (40_000 + 20_000) + 512 * 25_000 + reading.text_width * 55_000) > heard.parts["a step"]
+    assert heard.parts["learning to listen"] == 4 * (size * (40_000 + 20_000) + 512 * 25_000
+                                                     + reading.text_width * 55_000) > heard.parts["a step"]
     assert plan_memory(reading, TrainConfig(), strings=20, compared=512, fitted=2**23).parts["learning to listen"] == 4 * 29 * 2**23
     assert heard.total - heard.parts["learning to listen"] == (silent := plan_memory(reading, TrainConfig(batch_size=64))).total - max(silent.parts[part] for part in ("a step", "an evaluation"))
-    assert (averaged := plan_memory(reading, TrainConfig(batch_size=64), averaged=True)).total - silent.total == 2 * silent.parts["weights"] == averaged.parts["averages"]
+    assert (averaged := plan_memory(reading, TrainConfig(batch_size=64),
+                                    averaged=True)).total - silent.total == 2 * silent.parts["weights"] == averaged.parts["averages"]
     weights = 4 * sum(p.numel() for p in FlareModel(config).parameters())
     assert {name: plain.parts[name] for name in ("weights", "gradients", "moments", "best weights")} == {
         "weights": weights, "gradients": weights, "moments": 2 * weights, "best weights": weights}

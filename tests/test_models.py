@@ -103,7 +103,8 @@ def test_a_mask_is_the_mask_embedding_and_nothing_else(fields):
 
 def test_attention_begins_where_the_chapter_says(monkeypatch):
     given = []
-    monkeypatch.setattr(models, "attention_bias", lambda batch, by_distance: given.append(by_distance) or attention_bias(batch, by_distance))
+    monkeypatch.setattr(models, "attention_bias", lambda batch, by_distance: given.append(by_distance)
+                        or attention_bias(batch, by_distance))
     model = make(**SMALL)
     model.score(random_batch(0, 64))
     torch.testing.assert_close(given[0], starting_bias(4, 30, slope=2.0))
@@ -340,7 +341,8 @@ def test_dropped_ids_are_left_out_at_input_and_output():
     assert torch.equal(model.eval().ids(batch)[0], model.item_embedding.weight)
 
 
-@pytest.mark.parametrize("tie, learns", [("id", {"item_embedding"}), ("item", {"item_embedding", "project"}), ("none", {"output_embedding"})])
+@pytest.mark.parametrize("tie, learns", [("id", {"item_embedding"}), ("item", {"item_embedding", "project"}),
+                                         ("none", {"output_embedding"})])
 def test_what_the_output_table_is_made_of(tie, learns):
     model, batch = make(**FLARE | {"output_tie": tie}), random_batch(0, 64)
     h = torch.randn(len(batch.masked), 32)
@@ -354,7 +356,8 @@ def test_bad_configurations():
     for fields, message in (({"modalities": ("image",)}, "choose one of"), ({"reader": "max"}, "choose one of"), ({"output_tie": "c"}, "choose one of"),
                             ({"alfa": 1}, "has no field alfa")):
         with pytest.raises(ValueError, match=message): FlareConfig(**fields)
-    with pytest.raises(ValueError, match="perceiver_size=10 is not a multiple"): make(**FLARE | {"perceiver_size": 10, "perceiver_heads": 4})
+    with pytest.raises(ValueError, match="perceiver_size=10 is not a multiple"):
+        make(**FLARE | {"perceiver_size": 10, "perceiver_heads": 4})
 
 
 def test_a_slice_scores_as_the_whole():

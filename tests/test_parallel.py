@@ -92,7 +92,8 @@ def trains(out: str, folder: str, kind: str, dies: str = "no"):
 
 @pytest.mark.parametrize("kind", ["bert4rec", "flare", "bert4rec in parts", "flare in parts"])
 def test_two_processes_train_as_one_does(tmp_path, kind):
-    for name, size in (("one", 1), ("two", 2)): succeeds(tmp_path / f"{name}-says", size, trains, str(tmp_path / name), str(tmp_path / f"{name}-checkpoints"), kind)
+    for name, size in (("one", 1), ("two", 2)):
+        succeeds(tmp_path / f"{name}-says", size, trains, str(tmp_path / name), str(tmp_path / f"{name}-checkpoints"), kind)
     one, two = load_file(tmp_path / "one"), load_file(tmp_path / "two")
     assert (one["processes"], two["processes"]) == (1, 2)
     torch.testing.assert_close(two["loss"], one["loss"], rtol=1e-5, atol=1e-5)
@@ -113,7 +114,8 @@ def test_when_a_process_dies_the_other_says_so_and_the_checkpoint_is_whole(tmp_p
 def test_when_a_process_dies_under_a_launcher_training_ends(tmp_path):
     launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", port()]  # accelerate's own starts several processes on GPUs only
     environment = {k: v for k, v in os.environ.items() if k not in LAUNCHED} | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run([*launcher, __file__, str(tmp_path / "out"), str(tmp_path / "checkpoints"), "bert4rec", "dies"], env=environment, capture_output=True, text=True, timeout=120)
+    done = subprocess.run([*launcher, __file__, str(tmp_path / "out"), str(tmp_path / "checkpoints"), "bert4rec", "dies"],
+                          env=environment, capture_output=True, text=True, timeout=120)
     assert done.returncode and ("start all processes again" in done.stderr or "exitcode  : 9" in done.stderr), done.stderr[-3000:]  # ours, or the launcher's
     (left,) = (tmp_path / "checkpoints").glob("epoch-*")
     assert left.name == "epoch-00000-step-00000004" and json.loads((left / "state.json").read_text())["progress"]["step"] == 4
@@ -129,7 +131,8 @@ def remembers():
         model = FlareModel(FlareConfig(n_items=split.n_items, max_len=20, hidden_size=16, heads=2, ffn_size=32, **READING))
         if parts: shard_rows(model)
         few = dict(batch_size=8, read_share=0.02) if parts else dict(batch_size=64)  # with few, some shares read no text in a step; else as usual
-        trainer = Trainer(model, split, TrainConfig(epochs=2, max_len=20, precision="fp32", **few), progress=False, text=texts(split.n_items))
+        trainer = Trainer(model, split, TrainConfig(epochs=2, max_len=20, precision="fp32", **few), progress=False,
+                          text=texts(split.n_items))
         model.train()
         trainer.refresh()
         before = model.context_table.rows.clone()
@@ -218,14 +221,17 @@ def test_a_step_of_fewer_sequences_than_processes_is_everybodys():
     for batch_size, parts in ((1, 2), (2, 3)):
         whole, *shares = (TrainingBatches(sequences, 1682, batch_size, 300, row_length=None, share=share).batch(0, 0)
                           for share in ((0, 1), *((i, parts) for i in range(parts))))
-        assert whole.n_sequences == batch_size and all(torch.equal(whole.items, share.items) and torch.equal(whole.masked, share.masked) for share in shares)
+        assert whole.n_sequences == batch_size and all(torch.equal(whole.items, share.items)
+                                                       and torch.equal(whole.masked, share.masked) for share in shares)
 
 
-@pytest.mark.parametrize("gpu, asked, found", [(True, "false", (False, ["cpu:gloo,cuda:nccl"])), (True, "true", (True, [])), (False, "false", (True, []))])
+@pytest.mark.parametrize("gpu, asked, found", [(True, "false", (False, ["cpu:gloo,cuda:nccl"])), (True, "true", (True, [])),
+                                               (False, "false", (True, []))])
 def test_on_gpus_gloo_stands_beside_nccl(monkeypatch, gpu, asked, found):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
     for name, value in {"ACCELERATE_USE_CPU": asked, "WORLD_SIZE": "2"}.items(): monkeypatch.setenv(name, value)
-    monkeypatch.setattr(parallel, "Accelerator", lambda cpu, kwargs_handlers: (cpu, [handler.to_kwargs()["backend"] for handler in kwargs_handlers]))
+    monkeypatch.setattr(parallel, "Accelerator",
+                        lambda cpu, kwargs_handlers: (cpu, [handler.to_kwargs()["backend"] for handler in kwargs_handlers]))
     assert parallel.assemble() == found
 
 

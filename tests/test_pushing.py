@@ -28,10 +28,12 @@ ITEMS, WORDS = 40, ["red", "blue", "round", "square", "thing", "box"]
 def shop(tmp_path_factory):
     "A dataset, who reads its texts, and these."
     reading = TextConfig(encoder=str(write_encoder(tmp_path_factory.mktemp("encoder") / "tiny", words=WORDS)))
-    titles = [f"{'red' if i % 2 else 'blue'} {'round' if i % 3 else 'square'} {'thing' if i % 5 else 'box'}" for i in range(ITEMS - 1)] + [""]
+    titles = [f"{'red' if i % 2 else 'blue'} {'round' if i % 3 else 'square'} {'thing' if i % 5 else 'box'}"
+              for i in range(ITEMS - 1)] + [""]
     catalogue = Catalogue(pd.DataFrame({"item": map(str, range(ITEMS)), "title": titles, "category": [()] * ITEMS}))
     rng = np.random.default_rng(0)
-    dataset = Dataset("made", catalogue, Sequences.from_lists([rng.permutation(ITEMS)[:7] for _ in range(60)]), np.arange(60).astype(str), {})
+    dataset = Dataset("made", catalogue, Sequences.from_lists([rng.permutation(ITEMS)[:7] for _ in range(60)]),
+                      np.arange(60).astype(str), {})
     return dataset, reading, token_states(item_texts(catalogue), reading, folder=tmp_path_factory.mktemp("store"), progress=False)
 
 
@@ -79,7 +81,8 @@ def test_the_average_is_judged_and_the_weights_are_trained(shop):
         torch.testing.assert_close(model.scorer(batch)(slice(3, 20)), judged.scorer(batch)(slice(3, 20)))
         with pytest.raises(RuntimeError), model.as_average(): raise RuntimeError  # whatever happens, the weights come back
     read = ("context_table.rows", "average_rows", "has_text")
-    torch.testing.assert_close({name: value for name, value in model.state_dict().items() if name not in read}, {name: value for name, value in before.items() if name not in read})
+    torch.testing.assert_close({name: value for name, value in model.state_dict().items() if name not in read},
+                               {name: value for name, value in before.items() if name not in read})
     torch.testing.assert_close(model.average_rows, judged.context_table.rows)
     plain = FlareModel(config(shop)).eval()
     plain.load_state_dict({name: value for name, value in model.state_dict().items() if name in plain.state_dict()})
@@ -103,7 +106,8 @@ def test_an_averaged_run_that_was_killed_ends_the_same(shop, tmp_path):
     straight, result = trained(tmp_path / "one")
     with pytest.raises(Killed): trained(tmp_path / "two", result.steps // 2 + 1)
     resumed, again = trained(tmp_path / "two")
-    assert all(value.equal(resumed.state_dict()[name]) for name, value in straight.state_dict().items()) and again.validation.equal(result.validation)
+    assert all(value.equal(resumed.state_dict()[name])
+               for name, value in straight.state_dict().items()) and again.validation.equal(result.validation)
 
 
 def test_the_contrast_with_the_catalogue_is_that_of_its_formula(shop):
@@ -116,7 +120,8 @@ def test_the_contrast_with_the_catalogue_is_that_of_its_formula(shop):
     keep = items < ITEMS - 1  # the last one has no text, and is nobody's rival
     ids, texts = (F.normalize(x[: ITEMS - 1], dim=-1) for x in (model.item_embedding.weight, model.project(model.context_table.rows)))
     near = F.normalize(model.project(fresh[keep]), dim=-1)
-    expected = (F.cross_entropy(ids[items[keep]] @ texts.T / 0.1, items[keep], reduction="sum") + F.cross_entropy(near @ ids.T / 0.1, items[keep], reduction="sum")) / 2
+    expected = (F.cross_entropy(ids[items[keep]] @ texts.T / 0.1, items[keep], reduction="sum")
+                + F.cross_entropy(near @ ids.T / 0.1, items[keep], reduction="sum")) / 2
     total, count = losses["contrastive"]
     assert count == keep.sum() < len(items)
     torch.testing.assert_close(total, 0.2 * expected, rtol=2e-2, atol=0)
@@ -124,7 +129,8 @@ def test_the_contrast_with_the_catalogue_is_that_of_its_formula(shop):
     batch.counts.zero_()
     model.has_text.zero_()
     assert "contrastive" not in model.loss(batch)  # a catalogue without texts
-    assert all(weight.grad.abs().sum() > 0 for weight in (model.item_embedding.weight, model.project.weight, next(model.reader.parameters())))
+    assert all(weight.grad.abs().sum() > 0 for weight in (model.item_embedding.weight, model.project.weight,
+                                                          next(model.reader.parameters())))
 
 
 def timed(histories, times):
@@ -140,7 +146,8 @@ def test_gaps_are_heard_where_they_are_known(shop):
     batch, later, stretched = timed(*two), timed(two[0], [[7, 17, 27], [9, 59]]), timed(two[0], [[0, 10, 5000], [0, 50]])
     with torch.no_grad():
         assert model.score(batch).equal(model.score(later))  # when it was is not told, only how long after
-        assert not torch.allclose(model.score(batch)[0], model.score(stretched)[0]) and model.score(batch)[1].equal(model.score(stretched)[1])
+        assert not torch.allclose(model.score(batch)[0],
+                                  model.score(stretched)[0]) and model.score(batch)[1].equal(model.score(stretched)[1])
         assert off.score(batch).equal(off.score(stretched))
         model.gap_embedding.weight.zero_()
         torch.testing.assert_close(model.score(batch), off.score(batch))
@@ -173,7 +180,8 @@ def test_hidden_words_are_guessed_better_and_the_encoder_is_kept(shop, tmp_path,
     assert tuned(texts, reading, pushed) == (found, seconds)
     with pytest.raises(TypeError): tuned(texts, reading, pushed, seed=1)
     assert not list((tmp_path / "encoders").glob("*.part"))
-    with pytest.raises(ValueError, match="cannot be tuned, it has no head or no token for hidden words"): tuned(texts, TextConfig(encoder=str(write_encoder(tmp_path / "t5", "mt5"))), pushed)
+    with pytest.raises(ValueError, match="cannot be tuned, it has no head or no token for hidden words"):
+        tuned(texts, TextConfig(encoder=str(write_encoder(tmp_path / "t5", "mt5"))), pushed)
 
 
 def test_special_tokens_are_never_hidden_and_the_shares_are_right():
@@ -201,8 +209,10 @@ def shops(tmp_path):
     def write(name, prefix):
         rng, folder = np.random.default_rng(len(prefix)), tmp_path / name
         folder.mkdir()
-        pd.DataFrame([(f"u{u}", f"{prefix}{i}", t) for u in range(30) for t, i in enumerate(rng.permutation(20)[:6])], columns=["user", "item", "timestamp"]).to_csv(folder / "interactions.csv", index=False)
-        pd.DataFrame({"item": [f"{prefix}{i}" for i in range(20)], "title": [f"{WORDS[i % 6]} thing {prefix}" for i in range(20)]}).to_csv(folder / "items.csv", index=False)
+        pd.DataFrame([(f"u{u}", f"{prefix}{i}", t) for u in range(30) for t, i in enumerate(rng.permutation(20)[:6])],
+                     columns=["user", "item", "timestamp"]).to_csv(folder / "interactions.csv", index=False)
+        pd.DataFrame({"item": [f"{prefix}{i}" for i in range(20)],
+                      "title": [f"{WORDS[i % 6]} thing {prefix}" for i in range(20)]}).to_csv(folder / "items.csv", index=False)
         return str(folder)
     return write("one", "a"), write("two", "bb"), write("copy", "a")
 
@@ -211,7 +221,8 @@ def test_what_was_learned_before_is_what_training_starts_from(shops, tmp_path, m
     monkeypatch.setenv("FLARE_CACHE", str(tmp_path / "cache"))
     reading, target = TextConfig(encoder=str(write_encoder(tmp_path / "encoder", words=WORDS))), load_dataset(shops[0])
     text = token_states(item_texts(target.catalogue), reading, progress=False)
-    size = FlareConfig(n_items=20, max_len=10, hidden_size=16, heads=2, ffn_size=32, layers=1, text_width=text.width, modalities=("text",), latents=2, perceiver_size=32, perceiver_heads=2, perceiver_layers=1)
+    size = FlareConfig(n_items=20, max_len=10, hidden_size=16, heads=2, ffn_size=32, layers=1, text_width=text.width,
+                       modalities=("text",), latents=2, perceiver_size=32, perceiver_heads=2, perceiver_layers=1)
     others = others_before(target, PushConfig(before=(shops[1], shops[1])))
     model, seconds = trained_before(others, size, SCHEDULE, reading, PushConfig(), tmp_path / "runs")
     checkpoint = max((tmp_path / "runs/before-1").glob("epoch-*"))
@@ -219,7 +230,8 @@ def test_what_was_learned_before_is_what_training_starts_from(shops, tmp_path, m
     assert all(value.equal(last[name]) for name, value in model.state_dict().items() if not name.startswith(OF_ITEMS)) and seconds > 0
     assert not model.config.whiten and not model.item_embedding.weight.equal(last["item_embedding.weight"])
     again, spent = trained_before(others, size, SCHEDULE, reading, PushConfig(), tmp_path / "runs")  # nothing is trained twice
-    assert spent == pytest.approx(seconds, rel=0.5) and max((tmp_path / "runs/before-1").glob("epoch-*")).stat().st_mtime == checkpoint.stat().st_mtime
+    assert spent == pytest.approx(seconds,
+                                  rel=0.5) and max((tmp_path / "runs/before-1").glob("epoch-*")).stat().st_mtime == checkpoint.stat().st_mtime
     assert all(value.equal(again.state_dict()[name]) for name, value in model.state_dict().items())
 
 
@@ -232,14 +244,19 @@ def test_a_pushed_model_has_a_record_and_no_other_model_depends_on_it(shops, tmp
     assert record.parameters["before"] == [shops[1]] and list(record.dataset["before"]) == ["two"] and "flare.pushing" in code_digest("flare_pushed")
     assert not any("flare.pushing" in code_digest(model) for model in ("flare", "bert4rec", "flare_listens", "flare_hears"))
     assert staleness(record, record.dataset["before"] | {"one": record.dataset["fingerprint"]}) == "" and staleness(record, {"two": "0" * 12}) == "data changed: two"
-    again = run("pushed", "flare_pushed", shops[0], parameters={name: value for name, value in small.items() if name not in ("before", "tuning_epochs")} | {"time_gaps": True}, root=tmp_path / "paper", progress=False)
+    again = run("pushed", "flare_pushed", shops[0],
+                parameters={name: value for name, value in small.items() if name not in ("before", "tuning_epochs")}
+                | {"time_gaps": True}, root=tmp_path / "paper", progress=False)
     assert again.parameters["time_gaps"] is True and again.cost["before_seconds"] == 0.0
-    with pytest.raises(ValueError, match="shares 6 titles with one"): run("pushed", "flare_pushed", shops[0], parameters=small | {"before": [shops[2]]}, root=tmp_path / "paper", progress=False)
+    with pytest.raises(ValueError, match="shares 6 titles with one"):
+        run("pushed", "flare_pushed", shops[0], parameters=small | {"before": [shops[2]]}, root=tmp_path / "paper", progress=False)
 
 
 def test_what_makes_no_sense_is_refused(shop):
-    for wrong, message in (({"average": 1.0}, "average is 1.0"), ({"negatives": "all"}, "choose one of"), ({"tuning_epochs": -1}, "tuning_epochs is -1"), ({"tuning_rate": 0.0}, "tuning_rate is 0.0")):
+    for wrong, message in (({"average": 1.0}, "average is 1.0"), ({"negatives": "all"}, "choose one of"),
+                           ({"tuning_epochs": -1}, "tuning_epochs is -1"), ({"tuning_rate": 0.0}, "tuning_rate is 0.0")):
         with pytest.raises(ValueError, match=message): PushConfig(**wrong)
     for name in ("rivals", "margin"):
-        with pytest.raises(ValueError, match=f"{name} and negatives='catalogue' do not go together"): made(shop, PushConfig(negatives="catalogue"), **{name: 1})
+        with pytest.raises(ValueError, match=f"{name} and negatives='catalogue' do not go together"):
+            made(shop, PushConfig(negatives="catalogue"), **{name: 1})
         with pytest.raises(ValueError, match="do not go together"): resolve("flare_pushed", {"negatives": "catalogue", name: 1})

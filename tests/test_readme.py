@@ -60,7 +60,8 @@ def test_what_is_compared_with_a_stale_record_says_so():
     records = benchmark_records(ROOT / "paper", check_data=False)
     best = best_settings(over_seeds(records[records["split"] == "leave_one_out"])).set_index(["dataset", "model"])
     table = pd.read_csv(ROOT / "paper/tables/table_2_differences.csv", dtype=str)
-    shown = {(row["dataset"], row[side].removesuffix(" †")): row[side].endswith("†") for _, row in table.iterrows() for side in ("model", "against")}
+    shown = {(row["dataset"], row[side].removesuffix(" †")): row[side].endswith("†") for _, row in table.iterrows()
+             for side in ("model", "against")}
     for about, old in shown.items(): assert old or not best.loc[about, "stale"], (*about, "run nbs/results/table_2.ipynb")
     pairs = [("flare", "bert4rec"), ("flare", "lir"), ("flare_fused", "flare"), ("flare_fused", "bert4rec_fused")]
     there = {(data, *pair) for data in best.index.unique("dataset") for pair in pairs if all((data, model) in best.index for model in pair)}
@@ -71,12 +72,14 @@ def test_what_is_compared_with_a_stale_record_says_so():
 def test_an_addition_is_compared_with_records_of_its_time():
     "Push: what is stale has a dagger, stands against stale records, and whoever has records has a verdict."
     gains, rows = (pd.read_csv(ROOT / f"paper/tables/{name}.csv", dtype=str) for name in ("push_gains", "push"))
-    of = {(row["dataset"], row["what"].removesuffix(" †")): row for _, row in rows.iterrows() if "Flare of table 2" not in row["what"] and "published" not in row["what"]}
+    of = {(row["dataset"], row["what"].removesuffix(" †")): row for _, row in rows.iterrows()
+          if "Flare of table 2" not in row["what"] and "published" not in row["what"]}
     assert len(gains) == 3 * len(of)
     for _, row in gains.iterrows():
         with_it = of[row["dataset"], row["added"].removesuffix(" †")]
         assert (row["verdict"] == "—") <= (with_it["seeds"] == "0" or with_it["what"].endswith("†")), (row["added"], "run nbs/results/push.ipynb")
-        if row["verdict"] != "—": assert row["added"].endswith("†") >= with_it["what"].endswith("†") and row["seeds"].startswith(with_it["seeds"] + ", ")
+        if row["verdict"] != "—":
+            assert row["added"].endswith("†") >= with_it["what"].endswith("†") and row["seeds"].startswith(with_it["seeds"] + ", ")
 
 
 def test_the_paper_types_no_figure_of_a_result_and_every_name_is_given():

@@ -39,7 +39,8 @@ def record_of(point, project):
     "As if a trial had been run."
     data = {"name": "shop", "split": "leave_one_out"}
     model = point.values["model"]
-    return Record("small", model, 0, {}, {}, data, {"validation": {sweeps.METRIC: 1 - abs(point.values["b"] - 0.3)}}, {}, {}, code_digest(model))
+    return Record("small", model, 0, {}, {}, data, {"validation": {sweeps.METRIC: 1 - abs(point.values["b"] - 0.3)}}, {}, {},
+                  code_digest(model))
 
 
 def test_the_winner_is_the_best_of_the_trials(study, project, quick):
@@ -85,7 +86,8 @@ def test_a_trial_that_fails_counts_and_never_wins(study, project, quick, monkeyp
 
 
 def test_values_that_do_not_go_together_are_a_failed_trial(study, project, quick):
-    holes = replace(study, name="small/bert4rec", fixed=study.fixed | {"model": "bert4rec", "hidden_size": 100}, space={"heads": CategoricalDistribution([3, 4])}, trials=8)
+    holes = replace(study, name="small/bert4rec", fixed=study.fixed | {"model": "bert4rec", "hidden_size": 100},
+                    space={"heads": CategoricalDistribution([3, 4])}, trials=8)
     tried = run_study(holes, project, executor=here([]), progress=False)
     assert set(tried["heads"]) == {3, 4} and len(quick) == (tried["heads"] == 4).sum()
     assert (tried.loc[tried["heads"] == 3, "state"] == "fail").all() and (tried.loc[tried["heads"] == 4, "state"] == "complete").all()
@@ -94,8 +96,10 @@ def test_values_that_do_not_go_together_are_a_failed_trial(study, project, quick
 
 def test_a_journal_belongs_to_its_values(study, project, quick):
     run_study(study, project, executor=here([]), progress=False)
-    for other, what in ((replace(study, fixed=study.fixed | {"k1": 2.0}), "fixed"), (replace(study, space={"b": FloatDistribution(0, 0.5)}), "space")):
-        with pytest.raises(ValueError, match=f"begun with another {what}: give the study another name"): run_study(other, project, executor=here([]), progress=False)
+    for other, what in ((replace(study, fixed=study.fixed | {"k1": 2.0}), "fixed"),
+                        (replace(study, space={"b": FloatDistribution(0, 0.5)}), "space")):
+        with pytest.raises(ValueError, match=f"begun with another {what}: give the study another name"):
+            run_study(other, project, executor=here([]), progress=False)
     journal = open_study(study, project)
     journal.ask()  # and killed before anything was chosen
     tried = run_study(replace(study, trials=6), project, executor=here([]), progress=False)
@@ -103,7 +107,8 @@ def test_a_journal_belongs_to_its_values(study, project, quick):
 
 
 @pytest.mark.parametrize("old, new, message", [
-    ("trials: 2", "trials: true", "trials is True"), ("base: {seed: 1}", "base: [1]", "base must map"), ("space: {b: [0.1]}", "space: [b]", "studies must map"),
+    ("trials: 2", "trials: true", "trials is True"), ("base: {seed: 1}", "base: [1]",
+                                                      "base must map"), ("space: {b: [0.1]}", "space: [b]", "studies must map"),
     ("studies:\n  lir: {fixed: {model: lir}, space: {b: [0.1]}}", "studies: {}", "studies must map"), ("model: lir", "b: 0.1", "b cannot be fixed and tried"),
     ("b: [0.1]", "b: []", "lir: b must be a list of values, or low and high")])
 def test_a_sweep_that_makes_no_sense(tmp_path, old, new, message):
@@ -146,7 +151,8 @@ def test_winners_of_all_studies_stand_together_and_a_grid_takes_them(study, proj
 
 
 def test_a_list_that_won_is_one_value(study, project, quick):
-    run_study(replace(study, fixed=study.fixed | {"model": "flare_listens", "listener_forms": ["leaf", "brand"]}, space={"dropout": FloatDistribution(0, 0.5)}), project, executor=here([]), progress=False)
+    run_study(replace(study, fixed=study.fixed | {"model": "flare_listens", "listener_forms": ["leaf", "brand"]},
+                      space={"dropout": FloatDistribution(0, 0.5)}), project, executor=here([]), progress=False)
     file = project / "nbs/experiments/best.yml"
     file.write_text("notebook: benchmark\ngrid:\n  - like: small/lir\n")
     assert [point["listener_forms"] for point in Grid.read(file).expand()] == [["leaf", "brand"]]
@@ -155,10 +161,12 @@ def test_a_list_that_won_is_one_value(study, project, quick):
 @pytest.mark.parametrize("won", [["flare"], ["bert4rec"], ["flare", "bert4rec"]])
 def test_with_winners_the_grids_still_differ_from_table_2_where_they_say_so(tmp_path, monkeypatch, won):
     known = {}
-    monkeypatch.setattr(grid, "asked_of", lambda point: known[text] if (text := json.dumps(point, sort_keys=True)) in known else known.setdefault(text, asked_of(point)))
+    monkeypatch.setattr(grid, "asked_of", lambda point: known[text] if (text := json.dumps(point, sort_keys=True)) in known
+                        else known.setdefault(text, asked_of(point)))
     shared = {"dataset": "recformer/Scientific", "epochs": 11, "patience": 7, "evaluate_every": 4, "hidden_size": 320, "layers": 5, "heads": 16, "dropout": 0.45,
               "mask_probability": 0.11, "last_mask_share": 0.33, "learning_rate": 1e-4}
-    values = {"flare": shared | {"model": "flare", "perceiver_layers": 4, "latents": 3, "alpha": 0.3, "temperature": 0.7}, "bert4rec": shared | {"model": "bert4rec", "layers": 6, "dropout": 0.35}}
+    values = {"flare": shared | {"model": "flare", "perceiver_layers": 4, "latents": 3, "alpha": 0.3, "temperature": 0.7},
+              "bert4rec": shared | {"model": "bert4rec", "layers": 6, "dropout": 0.35}}
     shelf = tmp_path / "nbs/experiments"
     shutil.copytree(HOME / "nbs/experiments", shelf)
     (tmp_path / "settings.ini").touch()
@@ -170,7 +178,8 @@ def test_with_winners_the_grids_still_differ_from_table_2_where_they_say_so(tmp_
 
     def differ(name):
         plain = {(point["model"], point["dataset"]): point for point in read("benchmark")}
-        return [{change.split(" = ")[0] for change in changes(point, plain[point["model"], point["dataset"]]).split(", ")} for point in read(name)]
+        return [{change.split(" = ")[0] for change in changes(point, plain[point["model"], point["dataset"]]).split(", ")}
+                for point in read(name)]
 
     names = ("ablations", "push", "fusion", "critiquing", "unseen")
     by_hand = {name: differ(name) for name in names}
@@ -207,7 +216,8 @@ def test_from_the_command_line(study, project, quick, monkeypatch, capsys):
     assert "small/lir: 2 of 2 trials complete" in capsys.readouterr().out
     assert cli.main(["sweep", "small.yml", "--study", "bm25"]) == 2
     assert "the sweep has no study bm25; it has lir" in capsys.readouterr().err
-    for wrong, message in ((["--trials", "4", "--study", "lir"], "--trials is for all studies of a sweep"), (["--trials", "0"], "--trials is 0")):
+    for wrong, message in ((["--trials", "4", "--study", "lir"], "--trials is for all studies of a sweep"),
+                           (["--trials", "0"], "--trials is 0")):
         assert cli.main(["sweep", "small.yml", *wrong]) == 2 and message in capsys.readouterr().err
     assert len(quick) == 2 and cli.main(["sweep", "small.yml", "--trials", "3"]) == 0 and len(quick) == 3
     assert cli.main(["sweep", "small.yml", "--dry-run"]) == 0 and capsys.readouterr().out.count("small/lir: 3 of 3 trials complete") == 2

@@ -18,7 +18,8 @@ def write_encoder(folder: Path, kind: str = "bert", seed: int = 0, words: list[s
                                    eos_token="</s>", mask_token="<mask>" if kind == "bert" else None, model_max_length=64)
     torch.manual_seed(seed)
     if kind == "bert":
-        model = BertModel(BertConfig(vocab_size=len(names), hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32))
+        model = BertModel(BertConfig(vocab_size=len(names), hidden_size=16, num_hidden_layers=1, num_attention_heads=2,
+                                     intermediate_size=32))
     else:
         model = MT5ForConditionalGeneration(MT5Config(vocab_size=len(names), d_model=16, d_kv=8, d_ff=32, num_layers=1, num_heads=2))
     model.save_pretrained(folder)
