@@ -253,7 +253,7 @@ def line_code(
 
 def read_lines(
     root: str | Path,  # folder that holds speed/, such as paper/
-) -> pd.DataFrame:  # a row a line, with what was asked, where and when it was measured, and whether it is stale; no rows where there are none
+) -> pd.DataFrame:  # a row a line: what was asked, where and when it was measured, whether it is stale
     "The lines that were recorded. Ours are called ours, and Flare where the model reads texts."
     asked, circumstances = ("part", "shape", "more", "dtype", "masks", "size", "on"), ("device", "processor", "commit", "date")
     names, rows = {"flare": "ours", "rectools": "RecTools", "recbole": "RecBole"}, []
@@ -271,7 +271,7 @@ def read_lines(
 
 def side_by_side(
     lines: pd.DataFrame,  # from `read_lines`
-) -> pd.DataFrame:  # index shape and system, † where it is stale; the seconds of an epoch and of ranking for all users, memory and quality, beside ours
+) -> pd.DataFrame:  # index shape and system (†: stale); seconds, memory and quality, beside ours
     "The part in which systems are compared."
     sides = lines[lines["part"] == "sides"].copy()
     sides = (sides.sort_values("system", key=lambda s: s.map(["ours", "Flare", "RecTools", "RecBole"].index))

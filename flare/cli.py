@@ -93,7 +93,8 @@ def on_shelf(
 def grid_command(arguments: argparse.Namespace) -> int:  # exit code
     "flare grid FILE.yml; FILE may be the name of a file in nbs/experiments."
     return report(run_grid(Grid.read(on_shelf(arguments.file, "nbs/experiments")), workers=arguments.workers,
-                           dry_run=arguments.dry_run, stale=arguments.stale, override=assignments(arguments.set), only=assignments(arguments.only)))
+                           dry_run=arguments.dry_run, stale=arguments.stale,
+                           override=assignments(arguments.set), only=assignments(arguments.only)))
 
 # %% ../nbs/27_cli.ipynb #27de38cd
 def sweep_command(arguments: argparse.Namespace) -> int:  # exit code: 1 where every trial of a study failed

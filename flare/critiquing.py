@@ -150,7 +150,7 @@ def spoken(
     config: TextConfig,  # who reads it
     masked_text: str = "embedding",  # as the model was trained, see `Critiques`
     progress: bool = False,  # show how far the encoder is
-) -> tuple[np.ndarray, Critiques | None]:  # (n,) critique of each, -1 where nothing is said; and what they are, None where nobody says anything
+) -> tuple[np.ndarray, Critiques | None]:  # (n,) critique of each, -1 for none; and what they are, None without any
     "Strings as `evaluate` takes them."
     asked, distinct = each_once(strings)
     return asked, (Critiques(token_states(distinct, config, progress=progress), np.full((0, 1), -1), masked_text=masked_text)

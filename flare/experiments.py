@@ -48,7 +48,7 @@ class Built(NamedTuple):
     max_len: int = MAX_LEN  # that it is evaluated with
     voice: Callable | None = None  # None: it cannot be told anything
     history: pd.DataFrame | None = None  # of its training, see `TrainResult`; None: it had none
-    fitted: dict[str, dict[str, float]] = {}  # to validation users, once it was trained: the weights of a fusion, those of a listener's speakers
+    fitted: dict[str, dict[str, float]] = {}  # to validation users: weights of a fusion, of a listener's speakers
 
 # %% ../nbs/21_experiments.ipynb #ef74e457
 def check_memory(

@@ -38,7 +38,7 @@ class ListenConfig:
     listener_rate: float = 1e-3  # learning rate at its highest; it rises in the first 50 steps and falls to zero like a cosine
     listener_weight_decay: float = 0.01
     listener_slips: float = 1e-4  # how often the catalogue's own words are said of an item that they do not fit
-    listener_above: float = 0.01  # how often an item is called by the name of a category above its own, where each of its own names counts 1
+    listener_above: float = 0.01  # how often an item is called by a category above its own; each own name counts 1
 
     def __post_init__(self):
         for name in ("listener_sayings", "listener_width", "listener_steps", "listener_critiques", "listener_items"):
@@ -249,7 +249,7 @@ def names_of(
 def sayings(
     catalogue: Catalogue,
     config: ListenConfig,
-) -> tuple[list[str], np.ndarray, np.ndarray]:  # distinct strings (Q,), codes (columns, V) of what fits each item, -1 for none, and the form of each column, its place in `listener_forms`
+) -> tuple[list[str], np.ndarray, np.ndarray]:  # strings (Q,), codes (columns, V) of what fits, -1 for none, form of each column
     "All that can be said about the items of a catalogue. Raises ValueError where that is nothing."
     about = dict(zip(VARIED, (len(catalogue), len(Categories.of(catalogue).paths))))  # strings of each version
     columns = [(form, version) for form in config.listener_forms
@@ -263,7 +263,7 @@ def sayings(
 # %% ../nbs/16_listening.ipynb #1a013a1d
 def own_words(
     catalogue: Catalogue,
-) -> tuple[list[str], np.ndarray, np.ndarray]:  # distinct strings (Q,); codes (ways, V) of what each item is called, -1 for none; and (ways,) bool: those that may name something above it
+) -> tuple[list[str], np.ndarray, np.ndarray]:  # strings (Q,), codes (ways, V) of each item, -1 for none, and what may be above it (ways,)
     """What a catalogue itself calls its items, in lower case: their paths, the ends of these, and brands; and each path down to
     every one of its first four levels, and every such level by its name."""
     categories = Categories.of(catalogue)

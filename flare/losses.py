@@ -125,7 +125,7 @@ def all_rows(
     pairs: list[tuple[Tensor, Tensor]],  # states (M, d) and table (V, d), the first of which is a DTensor, sharded by rows
     targets: Tensor,  # (M,)
     bias: Tensor | None,  # (V,) a DTensor
-) -> tuple[list[tuple[Tensor, Tensor]], Tensor, Tensor | None, slice]:  # the same of all processes' rows and our part of the catalogue; and which rows are ours
+) -> tuple[list[tuple[Tensor, Tensor]], Tensor, Tensor | None, slice]:  # of all processes' rows and our part of the catalogue; and our rows
     "States and targets of all processes, against our part of the tables; a target that is in another part is negative, or too large."
     team, table = Team(), pairs[0][1]
     sizes, first = team.gather(len(targets)), first_row(table)
@@ -165,7 +165,7 @@ def masked_item_loss(
     targets: Tensor,  # (M,) int64 the hidden items, each in 0..V-1
     bias: Tensor | None = None,  # (V,) added to the logits
     most_logits: int = 2**23,  # numbers to keep for the way back; where M × V is more, the catalogue is walked through in chunks
-    chunk_size: int | None = None,  # items in a chunk; None: as many as stay in the cache of a CPU; on a GPU more, or cut-cross-entropy's kernel, where it is installed
+    chunk_size: int | None = None,  # items in a chunk; None: as many as stay in a CPU's cache; on a GPU more, or cut-cross-entropy
 ) -> tuple[Tensor, int]:  # sum of the negative log-likelihoods (scalar, float32), and M
     "Cross-entropy of the hidden items over the whole catalogue, eq. (1). Raises ValueError on shapes that do not fit."
     for hidden, table in pairs:

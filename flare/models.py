@@ -37,7 +37,7 @@ class FlareConfig(PreTrainedConfig):
     dropout: float = 0.3  # in attention, feed-forward and on the residual branches
     embedding_dropout: float = 0.1  # on h = x + p
     positions: str = "end"  # counted from the "end" of the sequence, or from its "start" (Bert4Rec)
-    distance_bias: float = 2.0  # slope with which attention falls off from the place a head looks at, at the start of training; 0: no such bias (Bert4Rec)
+    distance_bias: float = 2.0  # slope with which attention falls off from a head's place, at first; 0: no such bias (Bert4Rec)
     norm: str = "pre"  # layer norm "pre" the residual branches, or "post" (Bert4Rec)
     head: str = "none"  # between transformer and output: "none", or "transform" (linear, GELU, norm; Bert4Rec)
     output_bias: bool = True  # a learned bias per item on the logits

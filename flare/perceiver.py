@@ -26,12 +26,12 @@ def round_up(
 
 
 def in_buckets(
-    read: Callable[[Tensor, Tensor, Tensor], Tensor],  # texts (B,), tokens (B, L, width) in the type of products, absent (B, L) → (B, ...)
+    read: Callable[[Tensor, Tensor, Tensor], Tensor],  # texts (B,), tokens (B, L, width) in products' type, absent (B, L) → (B, ...)
     states: Tensor,  # (T, width) tokens, one text after the other
     counts: Tensor,  # (C,) int64 tokens of each text
     buckets: int = 8,  # at most
     least: int = 64,  # texts in a bucket
-    typed: tuple[Tensor, Tensor] | None = None,  # which type each token has (T,), and vectors (n, width) that are added to tokens of each type
+    typed: tuple[Tensor, Tensor] | None = None,  # type of each token (T,), and what is added to each type (n, width)
 ) -> Tensor:  # (C, ...) what `read` made of each text; zeros where it has no tokens
     "Apply a function of padded texts to ragged ones, texts of like length together."
     starts = counts.cumsum(0) - counts

@@ -114,7 +114,7 @@ def configs(
     complete: dict,  # every parameter of it
     n_items: int,  # V, size of the catalogue
     seed: int,  # of the training
-) -> tuple[FlareConfig, TrainConfig, TextConfig | None, ListenConfig | CritiqueConfig | PushConfig | FusionConfig | None]:  # of architecture, training, text (none for Bert4Rec) and what is added to the model
+) -> tuple[FlareConfig, TrainConfig, TextConfig | None, ListenConfig | CritiqueConfig | PushConfig | FusionConfig | None]:  # the last two: None for Bert4Rec, None where nothing is added
     "The configurations of a trained model. Raises ValueError on values that do not fit together."
     def its_own(names: Iterable[str]) -> dict:
         "Those of the parameters."
@@ -280,8 +280,8 @@ class Record:
     seed: int
     parameters: dict  # those that differ from the defaults; part of the key
     config: dict  # the complete configuration, defaults included
-    dataset: dict  # name, fingerprint, split, users, items, interactions, text_coverage; "before": name → fingerprint of sets that it was trained on first
-    metrics: dict  # validation and test, "what was said | who answered" of a model that is told, and what was fitted ("fusion", "listener"): name → value
+    dataset: dict  # name, fingerprint, split, users, items, interactions, text_coverage; "before": fingerprints of sets trained on first
+    metrics: dict  # validation, test, "said | who" of a model that is told, and what was fitted ("fusion", "listener"): name → value
     cost: dict  # epochs, steps, train_seconds, eval_seconds, peak_memory_mb, trainable_parameters
     environment: dict  # device, libraries, commit, date
     code: dict  # module → digest

@@ -105,7 +105,7 @@ def compared(
     metrics: dict[str, str],  # title → metric
     root: str | Path | None = None,  # folder that holds records/; None: paper/ of the project
     samples: int = 2000,  # draws of the bootstrap
-) -> pd.DataFrame:  # a row for each other (with a † where a record of either is stale) and metric: what both are worth, the difference with its 95 % interval, p and verdict, seeds of both
+) -> pd.DataFrame:  # a row for each other (†: a record is stale) and metric: both values, difference, 95 % interval, p, verdict, seeds
     "One kind of run less others, users paired (`paired_bootstrap`), each user's gain averaged over seeds."
     rows, ranks = [], read_ranks(first, root)
     for name, runs in others.items():
@@ -137,7 +137,7 @@ def kinds_of(
 def read_heard(
     experiment: str,  # name of the folder of records
     root: str | Path | None = None,  # folder that holds records/; None: paper/ of the project
-) -> tuple[pd.DataFrame, dict[str, pd.DataFrame]]:  # a row for each key (and its kind, see `kinds_of`), said, who, strength and metric, with its value; and the ranks of each key, see `HearingTest.to_parquet`
+) -> tuple[pd.DataFrame, dict[str, pd.DataFrame]]:  # a row for each key, said, who, strength and metric; and ranks by key
     """The hearing tests of an experiment: of runs that agree in all but the seed those that hold, or all where none does. No rows
     where there are none."""
     root = project_folder() / "paper" if root is None else Path(root)

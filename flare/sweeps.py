@@ -134,7 +134,7 @@ def other_code(
 def read_trials(
     study: Study,
     project: str | Path | None = None,  # folder with nbs/experiments and paper; None: found from the current folder
-) -> pd.DataFrame:  # a row for each trial: trial, state, value, what was tried, other_code (modules that have changed since), and the error where it failed; no rows where there are none
+) -> pd.DataFrame:  # a row a trial: trial, state, value, what was tried, other_code (modules that changed since), error
     "What a study has tried so far."
     project = project_folder() if project is None else Path(project).absolute()
     columns = ["trial", "state", "value", *study.space, "other_code", "error"]
