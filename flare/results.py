@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['IN_SHORT', 'LISTENS', 'read_records', 'fingerprint_now', 'benchmark_records', 'read_ranks', 'of_its_time', 'verdict',
-           'compared', 'kinds_of', 'read_heard', 'heard_ranks', 'read_beside', 'over_seeds', 'best_settings']
+           'wins', 'compared', 'kinds_of', 'read_heard', 'heard_ranks', 'read_beside', 'over_seeds', 'best_settings']
 
 # %% ../nbs/22_results.ipynb #91a57917
 import json
@@ -99,13 +99,23 @@ def verdict(
 IN_SHORT = {"ahead": "↑", "behind": "↓", "no difference": "≈", "—": ""}  # a verdict beside a number
 
 
+def wins(
+    first: list[Ranks],  # of several trainings of one kind
+    second: list[Ranks],  # of another kind
+    metric: str,
+) -> str:  # such as "7 of 9"
+    "In how many pairs of trainings the first has the higher mean, ties against the model: what an interval over users does not say."
+    ours, theirs = ([ranks.gains(metric, pessimistic=True).mean() for ranks in runs] for runs in (first, second))
+    return f"{sum(mine > other for mine in ours for other in theirs)} of {len(ours) * len(theirs)}"
+
+
 def compared(
     first: pd.DataFrame,  # rows of `read_records`: the seeds of one kind of run
     others: dict[str, pd.DataFrame],  # of others, by name; what has no rows is left out
     metrics: dict[str, str],  # title → metric
     root: str | Path | None = None,  # folder that holds records/; None: paper/ of the project
     samples: int = 2000,  # draws of the bootstrap
-) -> pd.DataFrame:  # a row for each other (†: a record is stale) and metric: both values, difference, 95 % interval, p, verdict, seeds
+) -> pd.DataFrame:  # a row for each other (†: a record is stale) and metric: both values, difference, 95 % interval, p, verdict, seeds, wins
     "One kind of run less others, users paired (`paired_bootstrap`), each user's gain averaged over seeds."
     rows, ranks = [], read_ranks(first, root)
     for name, runs in others.items():
@@ -115,9 +125,10 @@ def compared(
             c = paired_bootstrap(ranks, theirs, metric, samples=samples)
             rows.append(about | {"metric": title, "first": c.first, "second": c.second,
                                  "difference": c.difference, "low": c.low, "high": c.high, "p": c.p_value,
-                                 "verdict": verdict(c.low, c.high), "seeds": f"{len(first)}, {len(runs)}"})
+                                 "verdict": verdict(c.low, c.high), "seeds": f"{len(first)}, {len(runs)}",
+                                 "wins": wins(ranks, theirs, metric)})
     numbers = ["first", "second", "difference", "low", "high", "p"]
-    return pd.DataFrame(rows, columns=["other", "metric", *numbers, "verdict", "seeds"]).astype(dict.fromkeys(numbers, float))
+    return pd.DataFrame(rows, columns=["other", "metric", *numbers, "verdict", "seeds", "wins"]).astype(dict.fromkeys(numbers, float))
 
 # %% ../nbs/22_results.ipynb #d3f6ee90
 LISTENS = "Flare listens"  # the kind that is taught once it is trained
