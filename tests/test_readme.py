@@ -1,4 +1,5 @@
 "README.md is what `make readme` makes of nbs/index.ipynb, and it and the tables say what the records say."
+import math
 import re
 import subprocess
 import sys
@@ -63,10 +64,14 @@ def test_what_is_compared_with_a_stale_record_says_so():
     shown = {(row["dataset"], row[side].removesuffix(" †")): row[side].endswith("†") for _, row in table.iterrows()
              for side in ("model", "against")}
     for about, old in shown.items(): assert old or not best.loc[about, "stale"], (*about, "run nbs/results/table_2.ipynb")
-    pairs = [("flare", "bert4rec"), ("flare", "lir"), ("flare_fused", "flare"), ("flare_fused", "bert4rec_fused")]
+    pairs = [("flare", "bert4rec"), ("flare", "lir"), ("flare_fused", "flare"), ("flare_fused", "bert4rec"),
+             ("flare_fused", "bert4rec_fused"), ("bert4rec_fused", "bert4rec")]
     there = {(data, *pair) for data in best.index.unique("dataset") for pair in pairs if all((data, model) in best.index for model in pair)}
     assert {(row["dataset"], row["model"].removesuffix(" †"), row["against"].removesuffix(" †")) for _, row in table.iterrows()} == there
-    assert table[["Recall@10", "nDCG@10", "MRR"]].stack().str.fullmatch(r"[+-]0\.\d{4} \[[+-]0\.\d{4}, [+-]0\.\d{4}\] [↑↓≈]").all()
+    cells = table.set_index("seeds")[["Recall@10", "nDCG@10", "MRR"]].stack()
+    found = cells.str.extract(r"^[+-]0\.\d{4} \[[+-]0\.\d{4}, [+-]0\.\d{4}\] [↑↓≈] (\d+) of (\d+)$").astype(int)
+    trainings = cells.index.get_level_values("seeds").map(lambda seeds: math.prod(map(int, seeds.split(", "))))
+    assert (found[1] == trainings).all() and (found[0] <= found[1]).all()
 
 
 def test_an_addition_is_compared_with_records_of_its_time():
