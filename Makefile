@@ -25,8 +25,8 @@ smoke: setup  ## every experiment notebook with tiny models of MovieLens, and ev
 	$(MAKE) pages
 	rm -rf paper/records/smoke paper/runs/smoke
 
-pages: setup  ## tables and figures, from the records
-	ls nbs/results/*.ipynb | OMP_NUM_THREADS=1 xargs -P 2 -n 1 $(BIN)/jupyter nbconvert --to notebook --execute --log-level ERROR --output-dir paper/runs/pages
+pages: setup  ## tables and figures, from the records; the largest pages first
+	ls -S nbs/results/*.ipynb | OMP_NUM_THREADS=1 xargs -P 2 -n 1 $(BIN)/jupyter nbconvert --to notebook --execute --log-level ERROR --output-dir paper/runs/pages
 
 paper: pages  ## paper/main.pdf, or paper/main.html where there is no latexmk
 	if command -v latexmk > /dev/null; then cd paper && SOURCE_DATE_EPOCH=0 latexmk -pdf -interaction=nonstopmode -halt-on-error main.tex; \
