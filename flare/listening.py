@@ -47,7 +47,8 @@ class ListenConfig:
         for name in ("listener_slips", "listener_above"):
             if not 0 < getattr(self, name) < 1:
                 raise ValueError(f"ListenConfig.{name} is {getattr(self, name)}; it must be between 0 and 1")
-        if self.listener_above < self.listener_slips: raise ValueError(f"ListenConfig.listener_above is {self.listener_above}; "
+        if self.listener_above < self.listener_slips:
+            raise ValueError(f"ListenConfig.listener_above is {self.listener_above}; "
                              f"it must be at least listener_slips, {self.listener_slips}")
         if not self.listener_forms: raise ValueError(f"ListenConfig.listener_forms is empty; choose among {', '.join(FORMS)}")
         for form in self.listener_forms: form_of(form)

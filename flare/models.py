@@ -229,8 +229,8 @@ def naming_tables(
     "Raises MemoryError, and says what is too large, where torch's allocator has no room for the tables."
     try: yield
     except RuntimeError as error:
-        if not any(word in str(error) for word in ("allocate", "overflow")):
-            raise  # torch's own words, of a CPU, of a GPU, and of no machine at all
+        # torch's own words, of a CPU, of a GPU, and of no machine at all
+        if not any(word in str(error) for word in ("allocate", "overflow")): raise
         raise MemoryError(f"there is no room for a model of n_items={config.n_items:,} and hidden_size={config.hidden_size}: "
                           "lower hidden_size (or perceiver_size and latents, with texts), leave out items that nobody chose, "
                           "or take a larger machine; "
@@ -329,8 +329,10 @@ def read(
 
 
 @patch
-# (C, f) of all, (F, f) of those read anew; None where none are
-def contexts(self: FlareModel, batch: Batch) -> tuple[Tensor | None, Tensor | None]:
+def contexts(
+    self: FlareModel,
+    batch: Batch,
+) -> tuple[Tensor | None, Tensor | None]:  # (C, f) of all, (F, f) of those read anew; None where none are
     "The contexts of a batch: read from the tokens that came with it, or else as remembered."
     if not self.config.modalities: return None, None
     fresh = None if batch.read is None else self.read(batch.states, batch.counts)

@@ -106,8 +106,8 @@ def test_an_averaged_run_that_was_killed_ends_the_same(shop, tmp_path):
     straight, result = trained(tmp_path / "one")
     with pytest.raises(Killed): trained(tmp_path / "two", result.steps // 2 + 1)
     resumed, again = trained(tmp_path / "two")
-    assert all(value.equal(resumed.state_dict()[name])
-               for name, value in straight.state_dict().items()) and again.validation.equal(result.validation)
+    assert all(value.equal(resumed.state_dict()[name]) for name, value in straight.state_dict().items())
+    assert again.validation.equal(result.validation)
 
 
 def test_the_contrast_with_the_catalogue_is_that_of_its_formula(shop):
@@ -146,8 +146,8 @@ def test_gaps_are_heard_where_they_are_known(shop):
     batch, later, stretched = timed(*two), timed(two[0], [[7, 17, 27], [9, 59]]), timed(two[0], [[0, 10, 5000], [0, 50]])
     with torch.no_grad():
         assert model.score(batch).equal(model.score(later))  # when it was is not told, only how long after
-        assert not torch.allclose(model.score(batch)[0],
-                                  model.score(stretched)[0]) and model.score(batch)[1].equal(model.score(stretched)[1])
+        assert not torch.allclose(model.score(batch)[0], model.score(stretched)[0])
+        assert model.score(batch)[1].equal(model.score(stretched)[1])
         assert off.score(batch).equal(off.score(stretched))
         model.gap_embedding.weight.zero_()
         torch.testing.assert_close(model.score(batch), off.score(batch))
@@ -230,8 +230,8 @@ def test_what_was_learned_before_is_what_training_starts_from(shops, tmp_path, m
     assert all(value.equal(last[name]) for name, value in model.state_dict().items() if not name.startswith(OF_ITEMS)) and seconds > 0
     assert not model.config.whiten and not model.item_embedding.weight.equal(last["item_embedding.weight"])
     again, spent = trained_before(others, size, SCHEDULE, reading, PushConfig(), tmp_path / "runs")  # nothing is trained twice
-    assert spent == pytest.approx(seconds,
-                                  rel=0.5) and max((tmp_path / "runs/before-1").glob("epoch-*")).stat().st_mtime == checkpoint.stat().st_mtime
+    assert spent == pytest.approx(seconds, rel=0.5)
+    assert max((tmp_path / "runs/before-1").glob("epoch-*")).stat().st_mtime == checkpoint.stat().st_mtime
     assert all(value.equal(again.state_dict()[name]) for name, value in model.state_dict().items())
 
 

@@ -107,8 +107,8 @@ def test_a_journal_belongs_to_its_values(study, project, quick):
 
 
 @pytest.mark.parametrize("old, new, message", [
-    ("trials: 2", "trials: true", "trials is True"), ("base: {seed: 1}", "base: [1]",
-                                                      "base must map"), ("space: {b: [0.1]}", "space: [b]", "studies must map"),
+    ("trials: 2", "trials: true", "trials is True"), ("base: {seed: 1}", "base: [1]", "base must map"),
+    ("space: {b: [0.1]}", "space: [b]", "studies must map"),
     ("studies:\n  lir: {fixed: {model: lir}, space: {b: [0.1]}}", "studies: {}", "studies must map"), ("model: lir", "b: 0.1", "b cannot be fixed and tried"),
     ("b: [0.1]", "b: []", "lir: b must be a list of values, or low and high")])
 def test_a_sweep_that_makes_no_sense(tmp_path, old, new, message):
