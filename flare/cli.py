@@ -12,10 +12,12 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 
+from .data import load_dataset
 from .experiments import renew
-from .grid import Grid, read_yaml, run_grid
+from .grid import KNOWN, Grid, read_yaml, run_grid
 from .records import SPLITS, TRAINING_FREE, project_folder
 from .results import best_settings, over_seeds, read_records
 from .sweeps import Study, read_trials, run_study
@@ -53,7 +55,7 @@ def text_table(
         if len(best := rows[rows["model"].isin(rivals)].tail(1)) and len(rows) > 1:
             gain = rows["test.ndcg@10_pessimistic"] / best["test.ndcg@10_pessimistic"].item() - 1
             rival = best["model"].item()
-            shown[f"vs {rival}"] = gain.map("{:+.1%}".format).where(rows["model"] != rival, "—")
+            shown[f"vs {rival}"] = gain.map("{:+.1%}".format).where((rows["model"] != rival) & np.isfinite(gain), "—")
     shown["seconds"] = rows["cost.train_seconds"].map("{:.0f}".format)
     about = rows.iloc[0]
     head = (f"{about['dataset']}, {about['split']}: {about['users']:,.0f} users, {about['items']:,.0f} items, "
@@ -120,11 +122,12 @@ def sweep_command(arguments: argparse.Namespace) -> int:  # exit code: 1 where e
 # %% ../nbs/27_cli.ipynb #d1cce3dc
 def table_command(arguments: argparse.Namespace) -> int:  # exit code
     "flare table DATASET"
-    records = read_records(arguments.experiment)
-    found = records[(records["dataset"] == arguments.dataset) & (records["split"] == arguments.split)]
+    own = load_dataset(arguments.dataset) if arguments.dataset not in KNOWN and Path(arguments.dataset).is_dir() else None
+    records, dataset = read_records(arguments.experiment, own=own), own.name if own else arguments.dataset
+    found = records[(records["dataset"] == dataset) & (records["split"] == arguments.split)]
     if found.empty:
         others = ", ".join(sorted(set(records["dataset"].dropna()))) or "none"
-        raise ValueError(f"no records of {arguments.dataset} ({arguments.split}) in experiment {arguments.experiment}; "
+        raise ValueError(f"no records of {dataset} ({arguments.split}) in experiment {arguments.experiment}; "
                          f"there are records of: {others}")
     print(text_table(found))
     return 0
@@ -169,10 +172,9 @@ def make_parser() -> Parser:
         command.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE",
                              help="values, as YAML")
     table = commands.add_parser("table", help="print the records of a dataset")
-    table.add_argument("dataset", metavar="DATASET", help="as in the records, such as ml-100k")
+    table.add_argument("dataset", metavar="DATASET", help="as in the records, such as ml-100k, or a folder of your own")
     table.add_argument("--experiment", default="benchmark", metavar="NAME", help="whose records (default: benchmark)")
-    table.add_argument("--split", default="leave_one_out", metavar="SPLIT",
-                       help=f"one of {', '.join(SPLITS)}; leave_one_out unless told otherwise")
+    table.add_argument("--split", default="leave_one_out", choices=SPLITS, help="leave_one_out unless told otherwise")
     table.set_defaults(action=table_command)
     again = commands.add_parser("renew", help="run a record again with changed code; if it is the same, its kind hold again")
     again.add_argument("experiment", metavar="EXPERIMENT", help="a folder of paper/records")

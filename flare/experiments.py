@@ -13,7 +13,6 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import NamedTuple
 
 import numpy as np
@@ -233,11 +232,15 @@ def renew(
     path = record_path(root, experiment, key)
     if not path.exists(): raise FileNotFoundError(f"there is no record {path}")
     old, before = read_record(path), Ranks.from_parquet(path.with_suffix(".ranks.parquet"))
+    if old.schema < SCHEMA: raise ValueError(f"{path} has schema {old.schema}, which is older than {SCHEMA}: run it again, flare grid FILE --stale")
     if old.code == code_digest(old.model): raise ValueError(f"the code behind {path} has not changed: there is nothing to renew")
-    with TemporaryDirectory() as scratch:
-        new = run(experiment, old.model, old.dataset["name"], old.seed, old.dataset["split"], old.parameters, scratch)
-        after = Ranks.from_parquet(new.path(scratch).with_suffix(".ranks.parquet"))
-        beside = {file.name.removeprefix(new.key): file.read_bytes() for file in new.path(scratch).parent.glob("*.parquet")}
+    def others() -> dict[Path, Record]: return {other: read_record(other) for other in sorted((root / "records").glob("*/*.json")) if other != path}
+    others()  # a damaged one is named now, not hours later
+    scratch = root / "runs" / "renew" / f"{experiment}-{key}"
+    new = run(experiment, old.model, old.dataset["name"], old.seed, old.dataset["split"], old.parameters, scratch)
+    after = Ranks.from_parquet(new.path(scratch).with_suffix(".ranks.parquet"))
+    beside = {file.name.removeprefix(new.key): file.read_bytes() for file in new.path(scratch).parent.glob("*.parquet")}
+    shutil.rmtree(scratch)
     if not before.equal(after) or not old.metrics.items() <= new.metrics.items():  # what is measured besides may be new
         now, then = (r.metrics["test"]["ndcg@10_pessimistic"] for r in (new, old))
         machines = [tuple(r.environment.get(name, "unknown") for name in ("processor", "device")) for r in (old, new)]
@@ -247,15 +250,16 @@ def renew(
                          "run what depends on it again, flare grid FILE --stale")
     here = environment(root)
     witness = {"renewed": {"by": f"{experiment}/{key}", "commit": here["commit"]}}
-    records = {other: read_record(other) for other in sorted((root / "records").glob("*/*.json")) if other != path}
+    gone = {(module, digest) for module, digest in old.code.items() if module not in new.code}
+
     def shared(r: Record) -> dict[str, str]:  # module → digest; {} where nothing is
         "The code that a record has in common with the witness, as it is now."
         if (r.model, r.code) == (old.model, old.code): return new.code
         (then, now, theirs) = map(untaught, (old, new, r))
         return now.code if (theirs.model, theirs.code) == (then.model, then.code) else {}
 
-    renewed = {other: replace(r, code=r.code | of_both, environment=r.environment | witness) for other, r in records.items()
-               if r.schema == SCHEMA and (of_both := shared(r))}
+    renewed = {other: replace(r, code=dict(r.code.items() - gone) | of_both, environment=r.environment | witness)
+               for other, r in others().items() if r.schema == SCHEMA and (of_both := shared(r))}
     write_files({other: r.to_json().encode() for other, r in renewed.items()})
     # last: while it is stale, renewing can be begun again
     write_record(replace(new, parameters=old.parameters, environment=here | witness), after, root, beside)

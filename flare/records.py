@@ -89,6 +89,8 @@ def typed(
     if type(value) is not wanted or (wanted is float and not math.isfinite(value)):
         raise ValueError(f"{name} is {value!r} ({type(value).__name__}); it must be of type {wanted.__name__}, "
                          f"like {default!r}")
+    if wanted is list and (odd := [each for each in value if type(each) is not str]):
+        raise ValueError(f"{name} holds {odd[0]!r}; it must be a list of texts")
     return value
 
 # %% ../nbs/20_records.ipynb #96133cb4
@@ -388,11 +390,13 @@ def staleness(
 def untaught(
     record: Record,
 ) -> Record:  # the same where it was taught nothing
-    "What a record says of the model before it was taught: its name, its ranks, and of parameters, values and code those that it had then."
+    """What a record says of the model before it was taught: its name, of parameters, values and code those that it had then, and its
+    ranks, unless what it was taught changed them."""
     if record.model not in TAUGHT: return record
     before = TAUGHT[record.model]
     names, modules = parameters_of(before), code_digest(before)
     return replace(record, model=before, parameters={name: value for name, value in record.parameters.items() if name in names},
                    config={name: value for name, value in record.config.items() if name in names},
-                   metrics={part: values for part, values in record.metrics.items() if part in ("validation", "test")},
+                   metrics={part: values for part, values in record.metrics.items()
+                            if part in ("validation", "test") and record.model in STEERED},
                    code={module: digest for module, digest in record.code.items() if module in modules})

@@ -14,7 +14,7 @@ from pathlib import Path
 import pandas as pd
 
 from .critiquing import CritiqueConfig
-from .data import load_dataset
+from .data import Dataset, load_dataset
 from .metrics import METRICS, Ranks, paired_bootstrap
 from .records import SCHEMA, TAUGHT, project_folder, read_record, record_path, staleness, untaught
 
@@ -24,13 +24,15 @@ def read_records(
     root: str | Path | None = None,  # folder that holds records/; None: paper/ of the project
     check_data: bool = True,  # load the datasets and compare fingerprints; those not at hand are not compared
     before_taught: bool = False,  # as what a model was before it was taught, see `untaught`
-) -> pd.DataFrame:  # one row a record; no rows where there are none
+    own: Dataset | None = None,  # one in a folder, which is compared wherever it lies
+) -> pd.DataFrame:  # one row a record, NaN where it does not say; no rows where there are none
     "All records of an experiment, with the reasons where one is stale."
     root = project_folder() / "paper" if root is None else Path(root)
     paths = sorted(record_path(root, experiment, "any").parent.glob("*.json"))
     records = {path.stem: untaught(read_record(path)) if before_taught else read_record(path) for path in paths}
     names = {name for r in records.values() for name in (r.dataset.get("name"), *r.dataset.get("before", ()))} - {None}
     now = {name: fingerprint_now(name) for name in names} if check_data else {}
+    if own: now[own.name] = own.fingerprint
     about = ("split", "users", "items", "interactions", "text_coverage")
     rows = [{"experiment": experiment, "key": key, "model": r.model, "dataset": r.dataset.get("name"), "seed": r.seed}
             | {name: r.dataset.get(name) for name in about}
@@ -42,7 +44,7 @@ def read_records(
     columns = ["experiment", "key", "model", "dataset", "seed", *about, "encoder", "parameters", "device", "commit", "date", "why_stale"]
     columns += [f"{part}.{name}{ties}" for part in ("validation", "test") for ties in ("", "_pessimistic")
                 for name in METRICS]
-    table = pd.DataFrame(rows) if rows else pd.DataFrame(columns=columns)
+    table = pd.DataFrame(rows, columns=list(dict.fromkeys([*columns, *(name for row in rows for name in row)])))
     return table.assign(stale=table["why_stale"] != "")
 
 
@@ -63,7 +65,7 @@ def benchmark_records(
     """The records of table 2: those of `benchmark`, and those of `critiquing` as what was trained before it was taught, which is the
     same while nobody speaks."""
     before = read_records("critiquing", root, check_data, before_taught=True)
-    before = before[before["model"].isin(TAUGHT.values())].dropna(axis="columns", how="all")
+    before = before[before["model"].isin(TAUGHT.values()) & before["test.mrr"].notna()].dropna(axis="columns", how="all")
     both = pd.concat([read_records("benchmark", root, check_data), before], ignore_index=True)
     both = both.sort_values("stale", kind="stable")  # what holds before what is stale
     return both.drop_duplicates(["dataset", "split", "model", "seed", "parameters"]).sort_index()

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['METRIC', 'distribution', 'is_study', 'Study', 'open_study', 'other_code', 'read_trials', 'point_of', 'record_of',
-           'succeed', 'asked', 'fail', 'run_study', 'note_winner']
+           'succeed', 'asked', 'fail', 'check_study', 'run_study', 'note_winner']
 
 # %% ../nbs/25_sweeps.ipynb #edbbc5ef
 from collections.abc import Iterator
@@ -22,9 +22,10 @@ from optuna.storages.journal import JournalFileBackend
 from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 
-from .files import write_text
-from .grid import WINNERS, Point, declared_parameters, make_points, read_yaml, run_points
-from .records import Record, code_digest, project_folder, read_record, record_path
+from .data import load_dataset
+from .files import reading, write_text
+from .grid import WINNERS, Point, declared_parameters, filled_in, make_points, read_yaml, run_points
+from .records import Record, code_digest, parameters_of, project_folder, read_record, record_path
 
 # %% ../nbs/25_sweeps.ipynb #8bd2542e
 def distribution(
@@ -71,7 +72,8 @@ class Study:
         "All studies of a sweep. Raises FileNotFoundError, or ValueError naming the file and what is wrong with it."
         file = Path(file)
         if not file.is_file(): raise FileNotFoundError(f"there is no sweep {file}")
-        content = read_yaml(file.read_text(encoding="utf8"), str(file))
+        with reading(file): text = file.read_text(encoding="utf8")
+        content = read_yaml(text, str(file))
         needed = {"notebook", "studies", "trials"}
         if not isinstance(content, dict) or not needed <= set(content) <= needed | {"base"}:
             raise ValueError(f"{file}: a sweep has the keys notebook, studies, trials and perhaps base, and no others")
@@ -203,6 +205,20 @@ def fail(
     journal.tell(number, state=TrialState.FAIL)
 
 # %% ../nbs/25_sweeps.ipynb #3e15d9d8
+def check_study(
+    study: Study,
+    project: Path,
+):
+    "Raises ValueError or FileNotFoundError where no trial could be run: unknown names, fixed values that are unfit, data that is not there."
+    notebook = project / "nbs/experiments" / f"{study.notebook}.ipynb"
+    declared = declared_parameters(notebook)
+    unknown = set(study.space) - set(declared)
+    if unknown: raise ValueError(f"{study.name}: {study.notebook} does not declare {', '.join(sorted(unknown))}")
+    values = filled_in(notebook, declared, study.fixed)
+    parameters_of(values["model"])
+    load_dataset(values["dataset"])
+
+
 def run_study(
     study: Study,
     project: str | Path | None = None,  # folder with nbs/experiments and paper; None: found from the current folder
@@ -210,11 +226,11 @@ def run_study(
     executor: Executor | None = None,  # see `run_grid`
     progress: bool = True,  # show the board, see `run_points`
 ) -> pd.DataFrame:  # from `read_trials`
-    "Run the trials that are left, and note the winner. Raises ValueError where another process is at it."
+    """Run the trials that are left, and note the winner. Raises ValueError or FileNotFoundError where none could be run, and ValueError
+    where another process is at it."""
     project = project_folder() if project is None else Path(project).absolute()
     if workers < 1: raise ValueError(f"workers is {workers}; at least one is needed")
-    unknown = set(study.space) - set(declared_parameters(project / "nbs/experiments" / f"{study.notebook}.ipynb"))
-    if unknown: raise ValueError(f"{study.name}: {study.notebook} does not declare {', '.join(sorted(unknown))}")
+    check_study(study, project)
     lock = FileLock(project / "paper/runs" / f"{study.name.replace('/', '-')}.lock")
     Path(lock.lock_file).parent.mkdir(parents=True, exist_ok=True)
     try:

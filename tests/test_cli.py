@@ -42,15 +42,22 @@ def flare(capsys, *arguments):
     (["run", "benchmark", "--set", "dataset=nowhere/at-all"], "nowhere/at-all"),
     (["run", "benchmark", "--set", "experiment=../up", "dataset=../shop", "model=lir"], "'../up' does not name"),
     (["grid", "nowhere.yml"], "there is no grid nowhere.yml"), (["grid", "bad.yml"], "bad.yml, line 2: not YAML"),
-    (["grid", "empty.yml"], "empty.yml: a grid has the keys"), (["grid", "good.yml", "--workers", "0"], "workers is 0"),
+    (["grid", "empty.yml"], "empty.yml: a grid has the keys"), (["grid", "latin.yml"], "latin.yml: byte 22 is not UTF-8"),
+    (["grid", "twice.yml"], "twice.yml, line 2: not YAML: model stands twice"), (["grid", "number.yml"], "number.yml: 1 is not the name"),
+    (["run", "benchmark", "--set", "model=flare_pushed", "before=[1]"], "before holds 1; it must be a list of texts"),
+    (["grid", "good.yml", "--workers", "0"], "workers is 0"),
     (["grid", "good.yml", "--workers", "two"], "invalid int value: 'two'"),
     (["grid", "good.yml", "--set", "droput=1"], "does not declare droput"),
     (["table", "books"], "no records of books (leave_one_out) in experiment benchmark"),
+    (["table", "books", "--split", "random"], "invalid choice: 'random'"),
     (["table", "books", "--experiment", "../up"], "does not name an experiment"),
     (["renew", "benchmark", "0123456789ab"], "there is no record")])
 def test_a_mistake_is_one_line(project, capsys, arguments, message):
     (project / "nbs/bad.yml").write_text("notebook: benchmark\ngrid: [")
     (project / "nbs/empty.yml").write_text("")
+    (project / "nbs/latin.yml").write_bytes("notebook: benchmark # é".encode("latin1"))
+    (project / "nbs/twice.yml").write_text("notebook: benchmark\nbase: {model: lir, model: popularity}\ngrid: [{}]")
+    (project / "nbs/number.yml").write_text("notebook: benchmark\ngrid: [{1: 2}]")
     (project / "nbs/good.yml").write_text("notebook: benchmark\ngrid: [{model: lir, dataset: ../shop}]")
     code, out, error = flare(capsys, *arguments)
     assert code == 2 and out == "" and message in error and error.count("\n") == 1 and error.startswith("flare")
@@ -89,6 +96,14 @@ def test_a_stale_record_is_marked(project, capsys):
     path = next((project / "paper/records/benchmark").glob("*.json"))
     path.write_text(path.read_text().replace('"flare.metrics": "', '"flare.metrics": "0'))
     assert "lir (stale)" in flare(capsys, "table", "shop")[1]
+
+
+def test_a_table_of_a_folder_is_compared_with_what_lies_there(project, capsys):
+    run("benchmark", "lir", str(project / "shop"), root=project / "paper")
+    (project / "link").symlink_to(project / "shop")
+    assert "(stale)" not in flare(capsys, "table", "../link")[1]
+    with (project / "shop/interactions.csv").open("a") as lines: lines.write("u0,i9,99\n")
+    assert "lir (stale)" in flare(capsys, "table", "../shop")[1]
 
 
 def test_run_from_a_shell_and_a_grid_from_inside_a_project(project, monkeypatch, capsys):

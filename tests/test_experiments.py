@@ -13,6 +13,7 @@ from dataclasses import replace
 from functools import partial
 from io import StringIO
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -25,7 +26,7 @@ from flare.experiments import renew, run
 from flare.files import write_text
 from flare.grid import WHICH, Board, Grid, answers, asked_of, changes, declared_parameters, make_points, read_yaml, run_grid
 from flare.metrics import Ranks
-from flare.results import compared, of_its_time, over_seeds, read_beside, read_heard, read_records, verdict
+from flare.results import benchmark_records, compared, of_its_time, over_seeds, read_beside, read_heard, read_records, verdict
 from flare.records import (MODELS, SCHEMA, Record, code_digest, essence, parameters_of, read_record, record_key,
                            resolve, staleness, write_record)
 from processes import ended, start
@@ -225,8 +226,8 @@ def test_a_renewed_record_has_what_the_new_code_keeps_beside_it(shop, tmp_path, 
     made = [run("tests", "bert4rec", "shop", seed, parameters=SMALL | {"epochs": epochs}, root=root, progress=False)
             for seed, epochs in ((0, 2), (1, 2))]
     for record in made:
-        write_text(record.path(root), replace(record, code={"flare.models": "an older one"}, cost={"train_seconds": -1.0},
-                                              environment={"date": "then"}).to_json())
+        write_text(record.path(root), replace(record, code={"flare.models": "an older one", "flare.gone": "and its helper"},
+                                              cost={"train_seconds": -1.0}, environment={"date": "then"}).to_json())
     witness, other = (record.path(root) for record in made)
     kept = [path.with_suffix(".history.parquet") for path in (witness, other)]
     curve = pd.read_parquet(kept[0])
@@ -238,6 +239,44 @@ def test_a_renewed_record_has_what_the_new_code_keeps_beside_it(shop, tmp_path, 
     assert now.cost["train_seconds"] > 0 and now.environment["date"] != "then" and {"device", "renewed"} <= set(now.environment)
     assert theirs.cost == {"train_seconds": -1.0} and theirs.environment["date"] == "then" and theirs.environment["renewed"] == now.environment["renewed"]
     assert pd.read_parquet(kept[0]).equals(curve) and kept[1].read_bytes() == b"older" and not witness.with_suffix(".traces.parquet").exists()
+
+
+def test_a_renewal_that_was_stopped_goes_on(shop, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    root = tmp_path / "paper"
+    record = run("tests", "bert4rec", "shop", parameters=SMALL | {"epochs": 2}, root=root, progress=False)
+    write_text(record.path(root), replace(record, code={"flare.models": "an older one"}).to_json())
+    measure, trained = experiments.measure, experiments.train
+    monkeypatch.setattr(experiments, "measure", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError): renew("tests", record.key, root)
+    monkeypatch.setattr(experiments, "measure", measure)
+    found = []
+    monkeypatch.setattr(experiments, "train", lambda model, split, config, folder, *more:
+                        found.extend(Path(folder).glob("epoch-*")) or trained(model, split, config, folder, *more))
+    assert renew("tests", record.key, root) == [record.path(root)]
+    assert len(found) == 1 and not list((root / "runs/renew").rglob("epoch-*"))
+
+
+def test_what_cannot_be_renewed_is_refused_before_anything_is_run(shop, tmp_path, monkeypatch):
+    root = tmp_path / "paper"
+    made = [run("tests", "popularity", str(shop), seed, root=root) for seed in (0, 1)]
+    witness, other = (record.path(root) for record in made)
+    monkeypatch.setattr(experiments, "run", lambda *_: 1 / 0)
+    write_text(witness, replace(made[0], code={}).to_json())
+    other.write_text("{")
+    with pytest.raises(ValueError, match=f"{other.name}: is not JSON"): renew("tests", made[0].key, root)
+    witness.write_text(json.dumps({"schema": 0, "model": "popularity", "seed": 0, "metrics": {}}))
+    with pytest.raises(ValueError, match="has schema 0, which is older"): renew("tests", made[0].key, root)
+
+
+def test_a_fused_model_does_not_stand_for_what_it_was(shop, tmp_path):
+    root = tmp_path / "paper"
+    made = run("critiquing", "popularity", str(shop), root=root)
+    models = {"flare_listens": "flare", "bert4rec_fused": None}
+    for model, stands_for in models.items():
+        record = replace(made, model=model)
+        write_record(record, Ranks.from_parquet(made.path(root).with_suffix(".ranks.parquet")), root)
+    assert benchmark_records(root)["model"].tolist() == ["flare"]
 
 
 def test_what_lies_beside_an_older_record_is_left_out(shop, tmp_path):
@@ -417,7 +456,7 @@ def test_an_undeclared_key_is_refused(project):
 
 @pytest.mark.parametrize("cell, message", [
     ("seed = 0\nfor i in (1, 2): pass", "line 2 of the parameters cell"),
-    ("seed = max(1, 2)", "line 1 of the parameters cell"),
+    ("seed = max(1, 2)", "line 1 of the parameters cell"), ("seed = 0\n%time", "line 2 of the parameters cell is not Python"),
     ("seed = 0", "does not declare experiment, model, dataset, split")])
 def test_a_parameters_cell_is_plain(project, cell, message):
     path = project / "nbs/experiments/benchmark.ipynb"
@@ -427,6 +466,20 @@ def test_a_parameters_cell_is_plain(project, cell, message):
     with pytest.raises(ValueError, match=message) as caught:
         make_points(path, [{}])
     assert "benchmark.ipynb" in str(caught.value)
+
+
+def test_two_folders_of_one_name_are_refused(project):
+    write_shop(project / "other/shop", customers=30)
+    both = Grid("benchmark", {"model": "lir"}, [{"dataset": [str(project / "shop"), str(project / "other/shop")]}])
+    with pytest.raises(ValueError, match="two folders are called shop"): run_grid(both, project=project)
+
+
+def test_a_known_encoder_is_not_a_folder(project, monkeypatch):
+    monkeypatch.chdir(project)
+    for name in ("minilm", "mine"): (project / name).mkdir()
+    points = make_points(project / "nbs/experiments/benchmark.ipynb", [{"model": "flare", "dataset": "shop", "encoder": name}
+                                                                       for name in ("minilm", "mine")])
+    assert [point.values["encoder"] for point in points] == ["minilm", str(project / "mine")]
 
 
 def test_a_lost_tag_is_noticed(project):
@@ -478,6 +531,32 @@ def test_a_failure_keeps_notebook_and_log_and_stops_nobody(project):
     assert failed.with_suffix(".ipynb").exists()
     assert "Traceback (most recent call last)" in failed.with_suffix(".log").read_text()
     assert list(read_records("benchmark", project / "paper")["model"]) == ["popularity"]
+
+
+def test_a_notebook_that_was_cut_short_stops_nobody(project, monkeypatch):
+    def papermill(command, **_):
+        "A disk that is full, for one of two."
+        Path(command[4]).write_text("" if "model: lir" in command[-1] else json.dumps({"cells": []}))
+        return subprocess.CompletedProcess(command, 1, "", "OSError: no space left on device")
+
+    monkeypatch.setattr(grid, "subprocess", SimpleNamespace(run=papermill))
+    shop = Grid("benchmark", {"dataset": str(project / "shop")}, [{"model": ["lir", "popularity"]}])
+    outcome = run_grid(shop, project=project, progress=False)
+    assert list(outcome["state"]) == ["failed"] * 2 and set(outcome["note"]) == {"OSError: no space left on device"}
+
+
+def test_code_that_is_edited_during_a_run_leaves_its_record(project, monkeypatch):
+    root = project / "paper"
+
+    def papermill(command, **_):
+        record = run("benchmark", "popularity", str(project / "shop"), root=root)
+        write_text(record.path(root), replace(record, code=record.code | {"flare.metrics": "before it was edited"}).to_json())
+        return subprocess.CompletedProcess(command, 0, "", "")
+
+    monkeypatch.setattr(grid, "subprocess", SimpleNamespace(run=papermill))
+    shop = Grid("benchmark", {"dataset": str(project / "shop")}, [{"model": "popularity"}])
+    assert list(run_grid(shop, project=project, progress=False)["state"]) == ["done"]
+    assert list(run_grid(shop, project=project, progress=False)["note"]) == ["code changed: flare.metrics"]
 
 
 def test_a_notebook_that_drops_a_parameter_is_caught(project):

@@ -106,6 +106,15 @@ def test_a_journal_belongs_to_its_values(study, project, quick):
     assert tried["state"].tolist() == ["complete"] * 4 + ["fail", "complete"]
 
 
+@pytest.mark.parametrize("slip, message", [({"k11": 2.0}, "does not declare k11"), ({"model": "lirr"}, "there is no model 'lirr'"),
+                                           ({"dataset": "nowhere"}, "nowhere"), ({"split": "random"}, "there is no split 'random'"),
+                                           ({"seed": "one"}, "seed is 'one'")])
+def test_a_slip_costs_no_trial(study, project, quick, slip, message):
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        run_study(replace(study, fixed=study.fixed | slip), project, executor=here([]), progress=False)
+    assert not (project / "paper/sweeps").exists() and not quick
+
+
 @pytest.mark.parametrize("old, new, message", [
     ("trials: 2", "trials: true", "trials is True"), ("base: {seed: 1}", "base: [1]", "base must map"),
     ("space: {b: [0.1]}", "space: [b]", "studies must map"),

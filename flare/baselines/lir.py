@@ -6,6 +6,7 @@
 __all__ = ['term_matrices', 'LastItemBM25']
 
 # %% ../../nbs/baselines/lir.ipynb #c62dc63a
+import re
 from dataclasses import dataclass
 
 import bm25s
@@ -26,9 +27,11 @@ def term_matrices(
     pattern: str,  # regular expression of a word, in lower case
     stopwords: str,  # whose stop words to leave out ("en", see bm25s), or "" to keep all
 ) -> tuple[csr_matrix, csr_matrix]:  # queries (V+1, terms) word counts, the last row empty; weights (terms, V)
-    "Word counts of each item as a query, and the BM25 weight of each word in each item. Raises ValueError on k1 and b."
+    "Word counts of each item as a query, and the BM25 weight of each word in each item. Raises ValueError on k1, b and pattern."
     if not (k1 >= 0 and 0 <= b <= 1):
         raise ValueError(f"k1={k1} and b={b}: BM25 needs k1 of 0 or more and b between 0 and 1")
+    try: re.compile(pattern)
+    except re.error as error: raise ValueError(f"pattern={pattern!r} is not a regular expression: {error}") from error
     words, vocabulary = bm25s.tokenize(texts, token_pattern=pattern, stopwords=stopwords or None, show_progress=False)
     lengths = [len(line) for line in words]
     starts = np.concatenate([[0], np.cumsum(lengths), [sum(lengths)]])
@@ -60,7 +63,7 @@ class LastItemBM25:
         pattern: str = r"\w+",  # regular expression of a word
         stopwords: str = "en",  # whose stop words to leave out, or ""
     ) -> "LastItemBM25":
-        "Index the texts of the catalogue. Raises ValueError on k1 and b out of range."
+        "Index the texts of the catalogue. Raises ValueError on k1 and b out of range, and on a pattern that is none."
         return cls(*term_matrices(dataset.catalogue.text(), k1, b, pattern, stopwords))
 
     def loss(self,
