@@ -11,8 +11,8 @@ unexport PYTHONDONTWRITEBYTECODE  # where nothing compiled is kept, every start 
 .PHONY: setup quickstart test smoke pages paper readme peers clean
 
 quickstart: setup  ## train on DATASET and print its table (a folder of your own, or one of FLARE_DATA, e.g. DATASET=recformer/Scientific)
-	$(BIN)/flare grid benchmark.yml --only dataset=$(if $(OWN),ml-100k,$(DATASET)) seed=0 --set experiment=quickstart $(if $(OWN),dataset=$(DATASET))
-	$(BIN)/flare table $(if $(OWN),$(notdir $(DATASET:/=)),$(DATASET)) --experiment quickstart
+	$(BIN)/flare grid benchmark.yml --only dataset=$(if $(OWN),ml-100k,$(DATASET)) seed=0 --stale --set experiment=quickstart $(if $(OWN),dataset=$(DATASET))
+	$(BIN)/flare table $(DATASET) --experiment quickstart
 
 test: setup  ## every component notebook, the sync and clean gates, tests/
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal

@@ -86,7 +86,7 @@ def voice_of(
     if not isinstance(added, ListenConfig): return None, {}
     encoder = Encoder(reading)
     listener = teach(model, catalogue, encoder, added, seed, progress)
-    calibrate(listener, model, catalogue, validation, encoder, model.config.max_len, most=FITTED)
+    calibrate(listener, model, catalogue, validation, encoder, most=FITTED)
     return listening_voice(model, listener, encoder), {"listener": listener.speakers.named()}
 
 # %% ../nbs/21_experiments.ipynb #636adc14
@@ -259,7 +259,7 @@ def renew(
         return now.code if (theirs.model, theirs.code) == (then.model, then.code) else {}
 
     renewed = {other: replace(r, code=dict(r.code.items() - gone) | of_both, environment=r.environment | witness)
-               for other, r in others().items() if r.schema == SCHEMA and (of_both := shared(r))}
+               for other, r in others().items() if r.schema == SCHEMA and not (of_both := shared(r)).items() <= r.code.items()}
     write_files({other: r.to_json().encode() for other, r in renewed.items()})
     # last: while it is stale, renewing can be begun again
     write_record(replace(new, parameters=old.parameters, environment=here | witness), after, root, beside)

@@ -85,22 +85,29 @@ def check_history(
     n_items: int,  # V
 ):
     "Raises ValueError where an item is none of the catalogue's."
-    outside = [item for item in history if not 0 <= item < n_items]
-    if outside: raise ValueError(f"the history has item {outside[0]}, outside 0..{n_items - 1}: choose items of the catalogue")
+    outside = [item for item in history if not (isinstance(item, (int, np.integer)) and 0 <= item < n_items)]
+    if outside: raise ValueError(f"the history has item {outside[0]!r}, outside 0..{n_items - 1}: choose items of the catalogue, by their row")
 
 
 def scores_of(
-    rival: nn.Module,
+    rival: object,  # see `evaluate`
     history: list[int],  # items, oldest first
-    n_items: int,  # V
-    max_len: int = 50,  # most recent items that the model is shown
+    n_items: int,  # V, of the catalogue that a trained model was trained on, row for row
+    max_len: int | None = None,  # most recent items that the model is shown; None: as many as it looks back
     asked: np.ndarray | None = None,  # (1,) see `evaluate`
     said: Critiques | None = None,
-) -> Tensor:  # (V,) float32
-    "What a model makes of every item, for one user. Raises ValueError on an item that does not exist."
+) -> Tensor:  # (V,) float32, logits of a trained model; nothing is excluded
+    "What a model makes of every item, for one user. Raises ValueError on an item that does not exist, and on a catalogue of another size."
     check_history(history, n_items)
-    (batch,) = evaluation_batches(Sequences.from_lists([history]), np.array([-1]), n_items, max_len, critiques=asked, said=said)
-    with evaluating(rival): return rival.scorer(batch)(slice(0, n_items))[0].float().cpu()
+    trained = [part.config for part in rival.modules() if isinstance(part, FlareModel)] if isinstance(rival, nn.Module) else []
+    if other := [config.n_items for config in trained if config.n_items != n_items]:
+        raise ValueError(f"the model was trained on {other[0]} items and is asked about {n_items}: give it the catalogue of its training, row for row, "
+                         "and train it again where items were added")
+    shown = min([max_len or max(1, len(history)), *(config.max_len for config in trained)])
+    (batch,) = evaluation_batches(Sequences.from_lists([history]), np.array([-1]), n_items, shown, critiques=asked, said=said)
+    with evaluating(rival):
+        score = rival.scorer(batch) if hasattr(rival, "scorer") else partial(rival.score, batch)
+        return score(slice(0, n_items))[0].float().cpu()
 
 # %% ../nbs/17_hearing.ipynb #f4b7efa8
 SYNONYMS = {

@@ -386,7 +386,6 @@ def calibrate(
     catalogue: Catalogue,
     holdout: Holdout,  # of validation users
     encoder: Encoder,  # that the texts were read with
-    max_len: int = 50,  # most recent items that the model is shown
     version: int = 1000,  # of what is said; one that was not heard while it learned
     most: int = 2**23,  # scores that are made, which is users times items
 ):
@@ -395,7 +394,7 @@ def calibrate(
     users = np.random.default_rng(0).permutation(len(holdout))[: max(1, most // len(catalogue))]
     targets, everything, spoken = holdout.targets[users], slice(0, len(catalogue)), []
     with evaluating(model):
-        batches = evaluation_batches(holdout.history.take(users), targets, len(catalogue), max_len)
+        batches = evaluation_batches(holdout.history.take(users), targets, len(catalogue), model.config.max_len)
         silent = torch.cat([model.scorer(batch)(everything).float() for batch in batches]) if len(users) else None  # (users, V)
     for form in VARIED:  # what each kind of speaker would say
         strings = form_of(form)(catalogue, version)

@@ -17,7 +17,6 @@ from ipywidgets import HTML, Button, FloatSlider, HBox, Layout, Select, Text, VB
 
 from .critiquing import BETWEEN
 from .hearing import Answer, check_history, scores_of
-from .models import FlareModel
 from .sequences import Dataset
 
 # %% ../nbs/28_playground.ipynb #88fd4678
@@ -28,16 +27,19 @@ def told(
     critique: str = "",  # what is wanted; "": nothing is said
     strength: float = 1.0,  # how much it counts
     top: int = 10,  # items to list
+    exclude: list[int] = (),  # items that are not listed, such as those of the history
     max_len: int | None = None,  # most recent items that the model is shown; None: as many as it looks back
-) -> pd.DataFrame:  # item, title, category, score, and the place in the list of the silent model
+) -> pd.DataFrame:  # item, title, category, score (logits, and what was said), and the place in the list of the silent model
     """The best items for who has chosen these and says that. Raises ValueError on an empty history, an item that is none of the
-    catalogue's, or a bad strength."""
+    catalogue's, a catalogue that is not of the model's size, an empty list or a bad strength."""
     if not len(history): raise ValueError("the history is empty: choose an item first")
+    if top < 1: raise ValueError(f"top is {top}; at least one item must be listed")
+    check_history(exclude, dataset.n_items)
     at, asked, said = voice([critique])
-    max_len = min([max_len or len(history), *(part.config.max_len for part in at(0.0).modules() if isinstance(part, FlareModel))])
     silent = scores_of(at(0.0), history, dataset.n_items, max_len, np.array([-1]))
     heard = scores_of(at(strength), history, dataset.n_items, max_len, asked, said)
-    best = heard.topk(min(top, dataset.n_items))[1]
+    heard = heard.index_fill(0, torch.tensor([*exclude], dtype=torch.int64), -torch.inf)
+    best = heard.topk(min(top, dataset.n_items - len({*exclude})))[1]
     before = 1 + (silent[None] > silent[best, None]).sum(1)
     table = dataset.catalogue.table.iloc[best.numpy()]
     return pd.DataFrame({"item": best.numpy(), "title": table["title"].to_numpy(),

@@ -106,6 +106,14 @@ def test_a_table_of_a_folder_is_compared_with_what_lies_there(project, capsys):
     assert "lir (stale)" in flare(capsys, "table", "../shop")[1]
 
 
+def test_all_settings_are_shown_where_they_are_asked_for(project, capsys):
+    for b in (0.0, 0.75): run("benchmark", "lir", str(project / "shop"), parameters={"b": b}, root=project / "paper")
+    run("benchmark", "popularity", str(project / "shop"), root=project / "paper")
+    best, every = (flare(capsys, "table", "shop", *more)[1] for more in ((), ("--all",)))
+    assert best.count("lir") == 3 and best.splitlines()[-1] == "the best on validation of 2 settings of lir"  # a row, a column, the last line
+    assert every.count("b=0.0") == 1 and len(every.splitlines()) == 2 + 3
+
+
 def test_run_from_a_shell_and_a_grid_from_inside_a_project(project, monkeypatch, capsys):
     "The installed command, from a folder inside the project; a relative dataset is relative to that folder."
     environment = os.environ | {"PATH": f"{os.path.dirname(sys.executable)}:{os.environ['PATH']}"}

@@ -19,6 +19,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from filelock import FileLock
 from nbdev.test import _keep_file
 
 from flare import experiments, grid, records
@@ -543,6 +544,18 @@ def test_a_notebook_that_was_cut_short_stops_nobody(project, monkeypatch):
     shop = Grid("benchmark", {"dataset": str(project / "shop")}, [{"model": ["lir", "popularity"]}])
     outcome = run_grid(shop, project=project, progress=False)
     assert list(outcome["state"]) == ["failed"] * 2 and set(outcome["note"]) == {"OSError: no space left on device"}
+
+
+def test_a_run_that_another_process_is_at_is_told(project, monkeypatch, capsys):
+    monkeypatch.setattr(grid, "execute", lambda *_: (0.0, ""))
+    shop = Grid("benchmark", {"dataset": str(project / "shop")}, [{"model": ["lir", "popularity"]}])
+    key = run_grid(shop, dry_run=True, project=project)["key"][1]
+    lock = project / f"paper/runs/benchmark/{key}.lock"
+    lock.parent.mkdir(parents=True)
+    with FileLock(lock): run_grid(shop, executor=here([]), project=project, progress=False)
+    assert capsys.readouterr().err == f"another process is running {key}: waiting for its record\n"
+    run_grid(shop, executor=here([]), project=project, progress=False)
+    assert capsys.readouterr().err == ""
 
 
 def test_code_that_is_edited_during_a_run_leaves_its_record(project, monkeypatch):
