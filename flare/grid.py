@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['WINNERS', 'WHICH', 'KNOWN', 'ENCODERS', 'PlainLoader', 'read_yaml', 'Grid', 'parted', 'declared_parameters',
            'asked_of', 'Point', 'absolute', 'filled_in', 'make_points', 'state', 'answers', 'changes', 'written',
-           'execute', 'failure', 'run_points', 'visible_gpus', 'run_grid']
+           'execute', 'failure', 'run_points', 'visible_gpus', 'under_way', 'run_grid']
 
 # %% ../nbs/24_grid.ipynb #9b062fd1
 import ast
@@ -26,6 +26,7 @@ import pandas as pd
 import torch
 import yaml
 from fastcore.basics import patch
+from filelock import FileLock, Timeout
 
 from .board import Board
 from .data import READERS, load_dataset
@@ -372,6 +373,19 @@ def visible_gpus() -> list[str]:  # as CUDA_VISIBLE_DEVICES names them
     return named.split(",") if named else [str(i) for i in range(torch.cuda.device_count())]
 
 # %% ../nbs/24_grid.ipynb #63b2c64a
+def under_way(
+    point: Point,
+    root: Path,  # folder that holds records/ and runs/
+) -> bool:
+    "Whether another process is running a point now."
+    lock = root / "runs" / point.values["experiment"] / f"{point.key}.lock"
+    if not lock.exists(): return False
+    try:
+        with FileLock(lock, timeout=0): return False
+    except Timeout:
+        return True
+
+
 def run_grid(
     grid: Grid,
     workers: int = 1,  # notebooks at the same time
@@ -396,6 +410,8 @@ def run_grid(
     wanted = ["missing"] + ["stale"] * stale
     waiting = [i for i, (now, _) in enumerate(states) if now in wanted]
     if waiting and not dry_run:
+        for point in (points[i] for i in waiting if under_way(points[i], project / "paper")):
+            print(f"another process is running {point.key}: waiting for its record", file=sys.stderr)
         ready = ((i, points[i]) for i in waiting)
         for i, seconds, error in run_points(ready, len(waiting), project, min(workers, len(waiting)), executor, progress):
             rows[i] |= {"state": "failed" if error else "done", "seconds": round(seconds, 1), "note": error}
