@@ -258,7 +258,8 @@ def renew(
         (then, now, theirs) = map(untaught, (old, new, r))
         return now.code if (theirs.model, theirs.code) == (then.model, then.code) else {}
 
-    renewed = {other: replace(r, code=dict(r.code.items() - gone) | of_both, environment=r.environment | witness)
+    renewed = {other: replace(r, code={name: r.code[name] for name in r.code if (name, r.code[name]) not in gone} | of_both,
+                              environment=r.environment | witness)
                for other, r in others().items() if r.schema == SCHEMA and not (of_both := shared(r)).items() <= r.code.items()}
     write_files({other: r.to_json().encode() for other, r in renewed.items()})
     # last: while it is stale, renewing can be begun again
