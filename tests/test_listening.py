@@ -167,9 +167,9 @@ def test_speakers_are_fitted_to_what_validation_users_bear_out(shop, listener):
     dataset, model, encoder = shop
     users, hasty = leave_one_out(dataset).validation, copy.deepcopy(listener)
     hasty.items = 3 * listener.items  # three times as sure
-    calibrate(hasty, model, dataset.catalogue, users, encoder, 10)
+    calibrate(hasty, model, dataset.catalogue, users, encoder)
     found = hasty.speakers.named()
-    calibrate(modest := copy.deepcopy(listener), model, dataset.catalogue, users, encoder, 10)
+    calibrate(modest := copy.deepcopy(listener), model, dataset.catalogue, users, encoder)
     assert 0 < found["text: towers"] < modest.speakers.named()["text: towers"]
     assert listener.speakers.named() == Speakers().named()
     spoken = []
@@ -190,7 +190,7 @@ def test_speakers_are_fitted_to_what_validation_users_bear_out(shop, listener):
                 with torch.no_grad(): parameter.view(-1)[index] += step
                 assert unlikely() > best - 1e-6
                 with torch.no_grad(): parameter.view(-1)[index] -= step
-    calibrate(hasty, model, dataset.catalogue, users.__class__(users.users[:0], users.history.take(slice(0, 0)), users.targets[:0]), encoder, 10)
+    calibrate(hasty, model, dataset.catalogue, users.__class__(users.users[:0], users.history.take(slice(0, 0)), users.targets[:0]), encoder)
     assert hasty.speakers.named() == pytest.approx(found, abs=1e-5)  # nobody was there: as it was
 
 
