@@ -1,4 +1,4 @@
-"The panel of chapter 28 as somebody sees it: JupyterLab in a headless Chromium. Skipped where there is none; FLARE_CHROMIUM names one."
+"The panel of chapter 29 as somebody sees it: JupyterLab in a headless Chromium. Skipped where there is none; FLARE_CHROMIUM names one."
 import asyncio
 import json
 import os
@@ -19,7 +19,7 @@ CHROMIUM = os.environ.get("FLARE_CHROMIUM") or next(filter(None,
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine; FLARE_CHROMIUM=/path/to/chromium")
 
 ROOT = Path(__file__).parents[1]
-CHAPTER = ROOT / "nbs/28_playground.ipynb"
+CHAPTER = ROOT / "nbs/29_playground.ipynb"
 
 
 def until(done, seconds: float = 60, every: float = 0.2):

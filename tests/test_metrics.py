@@ -8,7 +8,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torchmetrics.retrieval import RetrievalHitRate, RetrievalMRR, RetrievalNormalizedDCG
 
 from flare.data import Holdout, Sequences
-from flare.metrics import METRICS, Ranks, block_on, by_popularity, evaluate, paired_bootstrap, popularity_deciles, target_ranks
+from flare.metrics import METRICS, Ranks, block_on, evaluate, target_ranks
 from flare.models import FlareConfig, FlareModel
 from watch import Watch
 
@@ -187,41 +187,3 @@ def test_ranks_survive_parquet_and_a_failed_write_leaves_the_old_file(tmp_path, 
     again = Ranks.from_parquet(path)
     assert all(np.array_equal(getattr(again, f), getattr(ranks, f)) for f in ("users", "rank", "pessimistic"))
     assert again.rank.dtype == np.int64
-
-
-def test_bootstrap_interval_covers_and_p_is_uniform_without_a_difference():
-    "200 comparisons of two equally good models: 5 % false alarms, give or take."
-    rng = np.random.default_rng(0)
-    false_alarms, covered = 0, 0
-    for trial in range(200):
-        a, b = (Ranks(np.arange(150), r, r) for r in rng.integers(1, 30, size=(2, 150)))
-        found = paired_bootstrap(a, b, "mrr", samples=300, seed=trial)
-        false_alarms += found.p_value <= 0.05
-        covered += found.low <= 0 <= found.high
-    assert 2 <= false_alarms <= 20 and 180 <= covered <= 198
-
-
-def test_bootstrap_sees_a_difference_that_is_there():
-    worse = np.random.default_rng(0).integers(2, 40, size=2000)
-    users, better = np.arange(2000), np.where(worse % 3 == 0, worse - 1, worse)
-    found = paired_bootstrap(Ranks(users, better, better), Ranks(users, worse, worse), "mrr")
-    assert found.p_value < 0.01 and 0 < found.low < found.difference < found.high
-
-
-@settings(max_examples=60, deadline=None)
-@given(st.lists(st.integers(0, 30), min_size=1, max_size=80))
-def test_deciles_rise_with_popularity_and_keep_equal_counts_together(counts):
-    counts = np.array(counts)
-    deciles = popularity_deciles(counts)
-    assert deciles.min() >= 1 and deciles.max() <= 10
-    order = np.argsort(counts, kind="stable")
-    assert (np.diff(deciles[order]) >= 0).all()
-    assert all(len(set(deciles[counts == c])) == 1 for c in counts)
-
-
-def test_deciles_add_up():
-    ranks = ranks_of(*tied_scores(3))
-    targets, counts = np.random.default_rng(0).integers(50, size=len(ranks)), np.random.default_rng(1).permutation(50)
-    table = by_popularity(ranks, targets, counts)
-    assert table["items"].tolist() == [5] * 10 and table["users"].sum() == len(ranks)
-    assert (table["mrr"] * table["users"]).sum() / len(ranks) == pytest.approx(ranks.metrics()["mrr_pessimistic"])
