@@ -23,11 +23,12 @@ from filelock import FileLock
 from nbdev.test import _keep_file
 
 from flare import experiments, grid, records
+from flare.comparison import verdict
 from flare.experiments import renew, run
 from flare.files import write_text
 from flare.grid import WHICH, Board, Grid, answers, asked_of, changes, declared_parameters, make_points, read_yaml, run_grid
 from flare.metrics import Ranks
-from flare.results import benchmark_records, compared, of_its_time, over_seeds, read_beside, read_heard, read_records, verdict
+from flare.results import benchmark_records, compared, of_its_time, over_seeds, read_beside, read_heard, read_records
 from flare.records import (MODELS, SCHEMA, Record, code_digest, essence, parameters_of, read_record, record_key,
                            resolve, staleness, write_record)
 from processes import ended, start
