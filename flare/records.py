@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['TRAINING_FREE', 'STEERED', 'TAUGHT', 'EXTENDED', 'TRAINED', 'MODELS', 'SPLITS', 'GIVEN_ELSEWHERE', 'PARSING',
-           'SCHEMA', 'parameters_of', 'typed', 'resolve', 'configs', 'record_key', 'parsed', 'bare', 'essence',
-           'imported', 'source_of', 'code_digest', 'project_folder', 'git', 'processor', 'environment', 'record_path',
-           'Record', 'write_record', 'read_record', 'staleness', 'untaught']
+           'SCHEMA', 'parameters_of', 'typed', 'known_parameters', 'resolve', 'configs', 'record_key', 'parsed', 'bare',
+           'essence', 'imported', 'source_of', 'code_digest', 'project_folder', 'git', 'processor', 'environment',
+           'record_path', 'Record', 'write_record', 'read_record', 'staleness', 'untaught']
 
 # %% ../nbs/21_records.ipynb #5096be3b
 import ast
@@ -94,14 +94,19 @@ def typed(
     return value
 
 # %% ../nbs/21_records.ipynb #96133cb4
+@cache
+def known_parameters() -> set[str]:
+    "What any model has."
+    return {name for model in MODELS for name in parameters_of(model)}
+
+
 def resolve(
     model: str,  # one of MODELS
     parameters: dict,  # name → value, as asked for
 ) -> tuple[dict, dict]:  # the model's own that differ from the defaults; all of the model's own, defaults included
     "Check parameters and pick the model's own. Raises ValueError on an unknown name or an unfit value."
     own = {name: typed(name, default, None) for name, default in parameters_of(model).items()}
-    known = {name for other in MODELS for name in parameters_of(other)}
-    if unknown := sorted(set(parameters) - known):
+    if unknown := sorted(set(parameters) - known_parameters()):
         raise ValueError(f"unknown parameter {', '.join(unknown)}: no model has it; "
                          f"{model} has {', '.join(own) or 'none'}")
     complete = own | {name: typed(name, parameters[name], own[name]) for name in own if name in parameters}
